@@ -1,0 +1,175 @@
+"""The one owner of the position: batches by position, to any worker and any rank."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from smol.data.batch import TokenBatch, token_tensors
+from smol.data.curriculum import Curriculum, Segment
+from smol.data.streams import TokenStream
+from smol.errors import UserError
+
+ENDLESS = 10**12  # micro-batches: one epoch that outlasts any run
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a global batch is dealt out.
+
+    Attributes:
+        rank: This process among the data-parallel ones.
+        ranks: How many data-parallel processes there are.
+        micro_batch_tokens: Tokens of one forward and backward pass of one process.
+    """
+
+    rank: int
+    ranks: int
+    micro_batch_tokens: int
+
+    def rows(self, segment: Segment) -> int:
+        """Sequences of one micro-batch."""
+        return max(1, self.micro_batch_tokens // segment.context)
+
+    def accumulation(self, segment: Segment) -> int:
+        """Micro-batches of one process in an optimiser step.
+
+        Raises:
+            UserError: the global batch does not divide.
+        """
+        sequences, per_pass = segment.global_batch // segment.context, self.rows(segment) * self.ranks
+        if sequences % per_pass:
+            fits = -(-sequences // per_pass) * per_pass * segment.context
+            raise UserError(
+                f"stage '{segment.stage}': a global batch of {segment.global_batch} tokens is "
+                f"{sequences} sequences of {segment.context}, not a multiple of {self.rows(segment)} "
+                f"(micro_batch_tokens {self.micro_batch_tokens}) x {self.ranks} (data-parallel "
+                f"processes); use --data.global_batch_tokens {fits} or another micro_batch_tokens"
+            )
+        return sequences // per_pass
+
+
+class _MicroBatches(Dataset):
+    """Micro-batches of one rank by (position of the optimiser step, number of the micro-batch)."""
+
+    def __init__(
+        self, curriculum: Curriculum, streams: dict[str, TokenStream], eos_id: int, layout: Layout
+    ):
+        self.curriculum, self.eos_id, self.layout = curriculum, eos_id, layout
+        self.streams = [streams[name] for name in curriculum.names]
+
+    def __getitem__(self, key: tuple[int, int]) -> TokenBatch:
+        position, micro = key
+        samples = self.curriculum.step_samples(position)
+        segment, layout = samples.segment, self.layout
+        rows = layout.rows(segment)
+        first = (micro * layout.ranks + layout.rank) * rows
+        mine = slice(first, first + rows)
+        blocks = np.stack(
+            [
+                self.streams[source].read(chunk, start, segment.context + 1)
+                for source, chunk, start in zip(
+                    samples.source[mine], samples.chunk[mine], samples.start[mine], strict=True
+                )
+            ]
+        )
+        return TokenBatch(
+            **token_tensors(blocks, self.eos_id),
+            sources=torch.from_numpy(samples.source[mine]),
+            position=position,
+            next_position=position + segment.global_batch,
+            micro=micro,
+            accumulation=layout.accumulation(segment),
+            step_tokens=segment.global_batch,
+            stage=segment.stage,
+        )
+
+
+class _FromPosition(Sampler):
+    """Keys of all micro-batches from a position on."""
+
+    def __init__(self, curriculum: Curriculum, layout: Layout, position: int):
+        self.curriculum, self.layout, self.position = curriculum, layout, position
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position = self.position
+        while True:
+            segment = self.curriculum.segment(position)
+            for micro in range(self.layout.accumulation(segment)):
+                yield position, micro
+            position += segment.global_batch
+
+
+class PositionLoader:
+    """An endless, seekable iterable of :class:`TokenBatch`.
+
+    ``position`` counts what was trained on, not what was fetched: it moves only when told so.
+
+    Args:
+        curriculum: What comes at which position.
+        streams: Token streams by source.
+        eos_id: The token that stands after each document.
+        layout: This process's share of a global batch.
+        num_workers: Processes that read ahead; 0 reads in this one.
+        prefetch: Micro-batches that each worker reads ahead.
+    """
+
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        streams: dict[str, TokenStream],
+        eos_id: int,
+        layout: Layout,
+        num_workers: int = 0,
+        prefetch: int = 4,
+    ):
+        self.curriculum, self.layout = curriculum, layout
+        self.num_workers, self.prefetch = num_workers, prefetch
+        self.position = 0
+        self._dataset = _MicroBatches(curriculum, streams, eos_id, layout)
+        self._seeks = 0
+        for segment in curriculum.segments:
+            layout.accumulation(segment)
+
+    def __len__(self) -> int:
+        # Without a length Lightning fetches one batch ahead of the one it trains on.
+        return ENDLESS
+
+    def consume(self, position: int) -> None:
+        """An optimiser step ended at ``position``."""
+        self.position = position
+
+    def seek(self, position: int) -> None:
+        """Go on from ``position``; what was read ahead is dropped.
+
+        Raises:
+            ValueError: it is not where an optimiser step begins.
+        """
+        segment = self.curriculum.segment(position)
+        if (position - segment.start) % segment.global_batch:
+            raise ValueError(f"position {position} is not the beginning of an optimiser step")
+        self.position = position
+        self._seeks += 1
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        while True:
+            seeks = self._seeks
+            with closing(self._read()) as batches:
+                for batch in batches:
+                    if seeks != self._seeks:
+                        break
+                    yield batch
+
+    def _read(self) -> Iterator[TokenBatch]:
+        workers = {"prefetch_factor": self.prefetch} if self.num_workers else {}
+        yield from DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=_FromPosition(self.curriculum, self.layout, self.position),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            **workers,
+        )

@@ -1,0 +1,356 @@
+"""The LightningDataModule of pretraining: stages of mixtures of prepared token streams."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+
+from smol.data.batch import IGNORE, TokenBatch, token_tensors
+from smol.data.card import Card
+from smol.data.curriculum import (
+    Curriculum,
+    Segment,
+    StageConfig,
+    check_history,
+    plan,
+)
+from smol.data.loader import Layout, PositionLoader
+from smol.data.spans import SourceOrder
+from smol.data.streams import ChunkCache, TokenStream
+from smol.data.tokenizer import Tokenizer, load_tokenizer
+from smol.errors import UserError
+from smol.paths import is_url, resolve
+
+EPOCHS_TO_WARN = 4  # repeating data more often than that is reported to stop paying
+
+
+class Pretraining(LightningDataModule):
+    """Packed token streams, mixed and staged.
+
+    The global batch is given in tokens; sequences per pass and accumulation follow from it, from
+    the context and from how many processes share the data.
+
+    Args:
+        stages: Stages by name, each with its mixture; ``null`` removes one.
+        tokenizer: Folder with the ``tokenizer.json`` that the sources were prepared with.
+        context_length: Tokens per sequence, unless a stage says otherwise.
+        global_batch_tokens: Tokens per optimiser step, unless a stage says otherwise.
+        micro_batch_tokens: Tokens of one forward and backward pass of one process.
+        seed: Seed of the order of the data.
+        shortest_context: Unit of the order; by default the shortest context of any stage.
+        longest_context: Longest context this run may ever use; by default that of any stage.
+        chunk_window: Chunks of a source that are read from at a time. More shuffle better, fewer
+            spare an object store.
+        num_workers: Processes that read ahead.
+        held_out_tokens: Tokens of each source's held-out text that validation reads; ``test`` reads
+            all of them.
+        embedded: Folder of the embedded corpora, which are prepared when missing; ``null`` if no
+            source needs them.
+        cache_dir: Where chunks of remote sources are kept.
+        cache_gigabytes: How much they may take.
+        storage_options: Passed to fsspec for remote sources (endpoint, credentials).
+        verify: Compare each chunk with the SHA-256 of its card when it is first opened.
+        allow_changed_data: Go on although a source that was already read has other content now.
+    """
+
+    def __init__(
+        self,
+        stages: dict[str, StageConfig | None],
+        tokenizer: str,
+        context_length: int,
+        global_batch_tokens: int,
+        micro_batch_tokens: int,
+        seed: int = 6,
+        shortest_context: int | None = None,
+        longest_context: int | None = None,
+        chunk_window: int = 4,
+        num_workers: int = 0,
+        held_out_tokens: int = 2**17,
+        embedded: str | None = None,
+        cache_dir: str = "data/cache",
+        cache_gigabytes: float = 50.0,
+        storage_options: dict[str, Any] | None = None,
+        verify: bool = True,
+        allow_changed_data: bool = False,
+    ):
+        super().__init__()
+        self.stages = {name: stage for name, stage in stages.items() if stage is not None}
+        contexts = [s.context_length or context_length for s in self.stages.values()]
+        self.shortest_context = shortest_context or min(contexts, default=context_length)
+        self.longest_context = longest_context or max(contexts, default=context_length)
+        self.tokenizer_path = tokenizer
+        self.context_length = context_length
+        self.global_batch_tokens = global_batch_tokens
+        self.micro_batch_tokens = micro_batch_tokens
+        self.seed = seed
+        self.chunk_window = chunk_window
+        self.num_workers = num_workers
+        self.held_out_tokens = held_out_tokens
+        self.embedded = embedded
+        self.verify = verify
+        self.allow_changed_data = allow_changed_data
+        self.cache = ChunkCache(cache_dir, int(cache_gigabytes * 1e9), storage_options)
+        self.tokenizer: Tokenizer | None = None
+        self.loader: PositionLoader | None = None
+        self._history: tuple[Segment, ...] = ()
+        self._streams: dict[str, TokenStream] = {}
+
+    # -- set-up ----------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Prepare the embedded corpora where they are missing (one process of each machine)."""
+        if self.embedded is not None:
+            from smol.data.corpora import ensure_embedded
+
+            ensure_embedded(resolve(self.embedded), log=rank_zero_info)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open tokenizer and sources, and check that they belong together."""
+        if self._streams:
+            return
+        self.tokenizer = load_tokenizer(resolve(self.tokenizer_path))
+        for stage_name, config in self.stages.items():
+            for name, source in config.sources.items():
+                known = self._streams.get(name)
+                if known is None:
+                    stream = TokenStream(source.path, cache=self.cache, verify=self.verify)
+                    self._check_source(name, stream.card)
+                    self._streams[name] = stream
+                elif known.path != TokenStream(source.path, cache=self.cache).path:
+                    raise UserError(
+                        f"source '{name}' has another path in stage '{stage_name}' ({source.path}) "
+                        f"than before ({known.path}); give it another name there"
+                    )
+        self._check_cache()
+        self.orders = {
+            name: SourceOrder(
+                name,
+                stream.chunk_tokens,
+                self.shortest_context,
+                self.longest_context,
+                self.chunk_window,
+                self.seed,
+            )
+            for name, stream in self._streams.items()
+        }
+
+    def _check_source(self, name: str, card: Card) -> None:
+        if card.tokenizer["digest"] != self.tokenizer.digest:
+            raise UserError(
+                f"source '{name}' was prepared with another tokenizer "
+                f"({card.tokenizer['digest'][:12]}…) than {self.tokenizer_path} "
+                f"({self.tokenizer.digest[:12]}…); prepare it again or set data.tokenizer"
+            )
+
+    def _check_cache(self) -> None:
+        remote = [s for s in self._streams.values() if is_url(s.path)]
+        needed = sum(
+            sum(sorted(c.bytes for c in s.chunks)[-self.chunk_window :]) for s in remote
+        )
+        if needed > self.cache.max_bytes:
+            raise UserError(
+                f"data.cache_gigabytes is {self.cache.max_bytes / 1e9:.3f}, but one window of "
+                f"{self.chunk_window} chunks of each remote source takes {needed / 1e9:.3f}; raise "
+                "it or lower data.chunk_window"
+            )
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {name: stream.card.digest for name, stream in self._streams.items()}
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names that ``TokenBatch.sources`` counts."""
+        return tuple(sorted(self._streams))
+
+    # -- training --------------------------------------------------------------------------------
+
+    def build_curriculum(self) -> Curriculum:
+        """The whole run: what was consumed, and what the stages say of the rest."""
+        segments = plan(
+            self.stages, self.digests, self.context_length, self.global_batch_tokens, self._history
+        )
+        curriculum = Curriculum(segments, self.orders, self.digests)
+        check_history(self._history, curriculum)
+        return curriculum
+
+    def train_dataloader(self) -> PositionLoader:
+        """The endless loader, at the position that was restored."""
+        curriculum = self.build_curriculum()
+        self.loader = PositionLoader(
+            curriculum, self._streams, self.tokenizer.eos_id, self._layout(), self.num_workers
+        )
+        if self._history:
+            self.loader.seek(self._history[-1].stop)
+        self._announce(curriculum)
+        return self.loader
+
+    def consume(self, position: int) -> None:
+        """Called by the module when an optimiser step has ended."""
+        self.loader.consume(position)
+
+    def _layout(self) -> Layout:
+        sharing = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        return Layout(
+            sharing.get("rank", 0), sharing.get("num_replicas", 1), self.micro_batch_tokens
+        )
+
+    def _announce(self, curriculum: Curriculum) -> None:
+        """Say before the run what it will read, and what it will repeat."""
+        steps = self.trainer.max_steps if self.trainer else -1
+        if steps < 0:
+            return
+        end = curriculum.position_of_step(steps)
+        tokens, epochs = curriculum.tokens(end), curriculum.epochs(end)
+        total = sum(tokens.values())
+        rank_zero_info(f"data: {total:,} tokens in {steps:,} steps")
+        for name in sorted(tokens, key=tokens.get, reverse=True):
+            if not tokens[name]:
+                continue
+            read = f"{epochs[name]:.2f} epochs" if name in epochs else "gone"
+            rank_zero_info(
+                f"  {name:<24} {tokens[name]:>16,} tokens {tokens[name] / total:6.1%}  {read}"
+            )
+            if epochs.get(name, 0) > EPOCHS_TO_WARN:
+                rank_zero_warn(
+                    f"source '{name}' will be read {epochs[name]:.1f} times; more than "
+                    f"{EPOCHS_TO_WARN} repetitions are reported to stop helping",
+                    category=UserWarning,
+                )
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def val_dataloader(self) -> Iterable[TokenBatch]:
+        """The first ``held_out_tokens`` of each source's held-out text."""
+        return self._held_out(self.held_out_tokens)
+
+    def test_dataloader(self) -> Iterable[TokenBatch]:
+        """All held-out text."""
+        return self._held_out(None)
+
+    predict_dataloader = val_dataloader
+
+    def _held_out(self, limit: int | None) -> DataLoader:
+        streams = [
+            TokenStream(self._streams[name].path, "held_out", self.cache, self.verify)
+            for name in self.source_names
+        ]
+        dataset = _HeldOut(
+            streams, self.tokenizer.eos_id, self.context_length, self._layout(), limit
+        )
+        return DataLoader(dataset, batch_size=None, shuffle=False)
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def _order_settings(self) -> dict[str, int]:
+        return {
+            "data.seed": self.seed,
+            "data.shortest_context": self.shortest_context,
+            "data.longest_context": self.longest_context,
+            "data.chunk_window": self.chunk_window,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the curriculum as consumed. JSON-compatible."""
+        if self.loader is None:
+            return {}
+        history = self.loader.curriculum.history(self.loader.position)
+        return {
+            "position": self.loader.position,
+            "order": self._order_settings(),
+            "segments": [segment.to_json() for segment in history],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: the order's settings or the content of a source that was read have changed.
+        """
+        if not state_dict:
+            return
+        for key, value in self._order_settings().items():
+            if state_dict["order"][key] != value:
+                raise UserError(
+                    f"the checkpoint was made with {key}={state_dict['order'][key]}, the "
+                    f"configuration says {value}; it is fixed when a run begins: restore it, or "
+                    "begin a new run from the weights with init_from"
+                )
+        self._history = tuple(Segment.from_json(s) for s in state_dict["segments"])
+        digests = self.digests
+        for segment in self._history:
+            for name, digest in segment.digests.items():
+                if digests.get(name, digest) != digest and not self.allow_changed_data:
+                    raise UserError(
+                        f"source '{name}' has changed since stage '{segment.stage}' read it (digest "
+                        f"{digest[:12]}…, now {digests[name][:12]}…); restore it, or pass "
+                        "--data.allow_changed_data true"
+                    )
+
+
+class _HeldOut(Dataset):
+    """Batches of held-out blocks in reading order, dealt to the ranks in turn.
+
+    Every rank gets equally many, since sharded models act together: the last ones may hold no
+    target.
+    """
+
+    def __init__(
+        self,
+        streams: list[TokenStream],
+        eos_id: int,
+        context: int,
+        layout: Layout,
+        limit: int | None,
+    ):
+        self.streams, self.eos_id, self.context, self.layout = streams, eos_id, context, layout
+        blocks = [
+            (source, chunk, start)
+            for source, stream in enumerate(streams)
+            for chunk, start in _first_blocks(stream, context, limit)
+        ]
+        rows = max(1, layout.micro_batch_tokens // context)
+        self.batches = [blocks[i : i + rows] for i in range(0, len(blocks), rows)]
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.layout.ranks)
+
+    def __getitem__(self, index: int) -> TokenBatch:
+        if index >= len(self):
+            raise IndexError(index)
+        mine = index * self.layout.ranks + self.layout.rank
+        padding = mine >= len(self.batches)
+        blocks = self.batches[0 if padding else mine]
+        read = [self.streams[s].read(chunk, start, self.context + 1) for s, chunk, start in blocks]
+        batch = TokenBatch(
+            **token_tensors(np.stack(read), self.eos_id),
+            sources=torch.tensor([source for source, _, _ in blocks]),
+        )
+        if padding:
+            batch.targets.fill_(IGNORE)
+        return batch
+
+
+def _first_blocks(
+    stream: TokenStream, context: int, limit: int | None
+) -> list[tuple[int, int]]:
+    """Chunk and first token of the blocks of a stream, up to ``limit`` tokens.
+
+    Raises:
+        UserError: no chunk holds a block.
+    """
+    blocks = [
+        (chunk, start)
+        for chunk, tokens in enumerate(stream.chunk_tokens)
+        for start in range(0, tokens - context, context)
+    ]
+    if not blocks:
+        raise UserError(
+            f"the held-out text of {stream.path} holds no block of {context} tokens (its longest "
+            f"chunk has {max(stream.chunk_tokens)}); prepare it with a larger held-out share"
+        )
+    return blocks if limit is None else blocks[: max(1, limit // context)]
