@@ -1,0 +1,15 @@
+"""Checkpoints: their files, their store, and Lightning's door to both."""
+
+from importlib import import_module
+from typing import Any
+
+_PLACES = {"SafeCheckpointIO": "io", "FsspecStore": "store", "copy_weights": "weights"}
+
+__all__ = ["FsspecStore", "SafeCheckpointIO", "copy_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    # The store alone is useful without torch, which Lightning's door needs.
+    if name in _PLACES:
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

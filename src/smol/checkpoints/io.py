@@ -1,0 +1,123 @@
+"""Lightning's checkpoints in this project's format, without pickle."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from smol.checkpoints.format import fsync, read_checkpoint, write_checkpoint
+from smol.checkpoints.store import MARKER_FILE, commit, read_manifest, verify_files
+from smol.errors import UserError
+
+MANIFEST_KEY = "manifest"
+"""Entry of a checkpoint whose items become fields of its manifest (tokens, lineage, parent...)."""
+
+# The run's folder holds its configuration; in a checkpoint it could only contradict it.
+_HYPER_PARAMETERS = (
+    *("hyper_parameters", "hparams_name", "hparams_type"),
+    *("datamodule_hyper_parameters", "datamodule_hparams_name", "datamodule_hparams_type"),
+)
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Writes a checkpoint as a committed folder of safetensors and JSON, and verifies it on load.
+
+    ``trainer.save_checkpoint(folder)`` and ``trainer.fit(model, ckpt_path=folder)`` work with it as
+    with Lightning's own files. Hyper-parameters of modules are not written.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint next to its place and rename it into it.
+
+        A folder that is already there is replaced. The two renames of a replacement are not one: a
+        crash between them leaves the old folder under a name that starts with a dot.
+
+        Args:
+            checkpoint: Lightning's checkpoint, on one process.
+            path: A local folder.
+            storage_options: Must be None.
+
+        Raises:
+            UserError: If an entry cannot be stored, by key path, or if ``path`` is a URL.
+            NonFiniteError: If a weight or a moment is infinite or not a number.
+        """
+        if storage_options is not None:
+            raise UserError("storage_options are not supported: checkpoints go to local folders")
+        path = _local(path)
+        metadata = {"world_size": dist.get_world_size() if dist.is_initialized() else 1}
+        metadata |= checkpoint.get(MANIFEST_KEY, {})
+        checkpoint = {k: v for k, v in checkpoint.items() if k not in _HYPER_PARAMETERS}
+
+        attempt = uuid.uuid4().hex[:8]
+        new, old = (path.with_name(f".{path.name}.{state}-{attempt}") for state in ("new", "old"))
+        try:
+            write_checkpoint(new, checkpoint)
+            commit(new, checkpoint.get("global_step", 0), metadata)
+            if path.exists() or path.is_symlink():
+                os.rename(path, old)
+            os.rename(new, path)
+            fsync(path.parent)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        _remove(old)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: torch.device | str | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Verify a checkpoint's folder against its manifest and read it.
+
+        Args:
+            path: A local folder.
+            map_location: Device of the tensors; None for the CPU.
+            weights_only: Of no effect; reading never runs code.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            UserError: If the folder or a file is missing, incomplete or damaged; it is named.
+        """
+        path = _local(path)
+        if not path.is_dir():
+            seen = "is a file" if path.exists() else "does not exist"
+            raise UserError(f"{path} {seen}; expected the folder of a checkpoint")
+        local = LocalFileSystem()
+        verify_files(local, str(path), read_manifest(local, str(path)))
+        return read_checkpoint(path, map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint's folder, its marker first.
+
+        Args:
+            path: A local folder; nothing happens if it does not exist.
+        """
+        _remove(_local(path))
+
+
+def _local(path: str | Path) -> Path:
+    if "://" in str(path):
+        raise UserError(
+            f"{path} is a URL; expected a local folder. To resume from a store, use the folder "
+            "that its load_path returns"
+        )
+    return Path(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        # Such as ``last``: what it points to is a checkpoint of its own.
+        path.unlink()
+    elif path.is_dir():
+        (path / MARKER_FILE).unlink(missing_ok=True)
+        shutil.rmtree(path)
