@@ -76,13 +76,15 @@ class _MicroBatches(Dataset):
                 )
             ]
         )
+        next_position = position + segment.global_batch
         return TokenBatch(
             **token_tensors(blocks, self.eos_id),
             sources=torch.from_numpy(samples.source[mine]),
             position=position,
-            next_position=position + segment.global_batch,
+            next_position=next_position,
             micro=micro,
             accumulation=layout.accumulation(segment),
+            next_accumulation=layout.accumulation(self.curriculum.segment(next_position)),
             step_tokens=segment.global_batch,
             stage=segment.stage,
         )
@@ -137,6 +139,11 @@ class PositionLoader:
     def __len__(self) -> int:
         # Without a length Lightning fetches one batch ahead of the one it trains on.
         return ENDLESS
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of this process in the next optimiser step."""
+        return self.layout.accumulation(self.curriculum.segment(self.position))
 
     def consume(self, position: int) -> None:
         """An optimiser step ended at ``position``."""

@@ -193,6 +193,19 @@ class Pretraining(LightningDataModule):
         """Called by the module when an optimiser step has ended."""
         self.loader.consume(position)
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of this process in the next optimiser step."""
+        return self.loader.accumulation
+
+    def ledger(self) -> dict[str, float]:
+        """Tokens and epochs of each source so far, as metrics."""
+        curriculum, position = self.loader.curriculum, self.loader.position
+        tokens, epochs = curriculum.tokens(position), curriculum.epochs(position)
+        return {f"data/tokens/{name}": float(n) for name, n in tokens.items()} | {
+            f"data/epochs/{name}": n for name, n in epochs.items()
+        }
+
     def _layout(self) -> Layout:
         sharing = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         return Layout(

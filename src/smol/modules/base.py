@@ -1,0 +1,245 @@
+"""What all training objectives share: decoder, optimiser, schedule, normalisation, logging."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from smol.checkpoints.weights import copy_weights
+from smol.data.batch import TokenBatch
+from smol.model import Decoder, DecoderConfig, RopeConfig, check_initialization, init_weights
+from smol.model.io import DESCRIPTION
+from smol.optim import (
+    Constant,
+    OptimizerConfig,
+    Schedule,
+    build_optimizer,
+    set_learning_rates,
+)
+from smol.parallel.fsdp import shard_decoder
+
+
+class DecoderModule(LightningModule):
+    """A decoder under training. Subclasses say what the loss of a batch is.
+
+    The learning rate, like every other hyper-parameter of the optimiser, is a function of the current
+    configuration and of the step; a checkpoint restores moments and step counts only.
+
+    Args:
+        decoder: Shape and features of the model.
+        rope: Rotary position embedding.
+        attention: Attention backend: sdpa, flex, varlen or xformers.
+        optimizer: Optimiser and parameter groups.
+        schedule: Learning-rate schedule over optimiser steps.
+        compile: Compile each block with ``torch.compile``.
+        init_seed: Seed of the initial weights.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        rope: RopeConfig | None = None,
+        attention: str = "sdpa",
+        optimizer: OptimizerConfig | None = None,
+        schedule: Schedule | None = None,
+        compile: bool = False,
+        init_seed: int = 6,
+    ):
+        super().__init__()
+        self.decoder_config = decoder
+        self.rope_config = rope or RopeConfig()
+        self.attention = attention
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.schedule = schedule or Constant()
+        self.compile_blocks = compile
+        self.init_seed = init_seed
+        self.initial_weights: Path | None = None
+        self.decoder: Decoder | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._grad_norm: Tensor | None = None
+        self._next_position = 0
+        self._stepped = False
+
+    def objective(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch, summed over its trained tokens.
+
+        Returns:
+            The sum to differentiate (a scalar), and detached sums to report, among them ``tokens``,
+            the number of trained tokens. All are added up over micro-batches and ranks.
+        """
+        raise NotImplementedError
+
+    def report(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics of an optimiser step from its sums over all micro-batches and ranks."""
+        return {f"train/{k}": v / sums["tokens"] for k, v in sums.items() if k != "tokens"}
+
+    # -- model and optimiser ---------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the decoder, sharded when the strategy says so, and give it its first weights."""
+        if self.decoder is not None:
+            return
+        mesh = self.device_mesh
+        with torch.device("meta"):
+            decoder = Decoder(self.decoder_config, self.rope_config, self.attention)
+        if self.compile_blocks:
+            for layer in decoder.model.layers:
+                layer.compile()
+        if mesh is not None:
+            shard_decoder(decoder, mesh["data_parallel"])
+        decoder.to_empty(device=self.trainer.strategy.root_device)
+        init_weights(decoder, seed=self.init_seed)
+        if self.initial_weights is None:
+            check_initialization(decoder)
+        else:
+            copy_weights(decoder, self.initial_weights)
+        self.decoder = decoder
+
+    def configure_optimizers(self) -> Optimizer:
+        return build_optimizer(self.decoder.named_parameters(), self.optimizer_config)
+
+    # -- one optimiser step ----------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        accumulation = getattr(self.trainer.datamodule, "accumulation", None)
+        if accumulation is not None:
+            self.trainer.accumulate_grad_batches = accumulation
+        self.trainer.val_check_batch = float("inf")
+        for logger in self.trainer.loggers:
+            if hasattr(logger, "rewind"):
+                logger.rewind(self.trainer.global_step)
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Forward one micro-batch.
+
+        The loss of the global batch is its sum over trained tokens divided by their number, wherever
+        they lie. That number, or an upper bound of it, is a constant known in advance.
+        """
+        objective, sums = self.objective(batch)
+        if batch.micro == 0:
+            self._sums = sums
+        else:
+            self._sums = {key: self._sums[key] + value for key, value in sums.items()}
+        self._next_position = batch.next_position
+        # Lightning divides by the accumulation, and gradients are averaged over the ranks.
+        return objective * (self._ranks * batch.accumulation / batch.step_tokens)
+
+    @property
+    def _ranks(self) -> int:
+        kwargs = self.trainer.distributed_sampler_kwargs
+        return kwargs["num_replicas"] if kwargs else 1
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None
+    ) -> None:
+        """Set the hyper-parameters of this step, then take it."""
+        set_learning_rates(
+            optimizer, self.optimizer_config, self.schedule(self.trainer.global_step)
+        )
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._stepped = True
+        consume = getattr(self.trainer.datamodule, "consume", None)
+        if consume is not None:
+            consume(self._next_position)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the global norm, whether parameters are whole or sharded, and keep it for the log."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._grad_norm = clip_gradients(parameters, gradient_clip_val)
+
+    def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
+        trainer = self.trainer
+        self._validate_if_due(stepped=self._stepped)
+        if not self._stepped:
+            return
+        self._stepped = False
+        if batch.next_accumulation != batch.accumulation:
+            _change_accumulation(trainer, batch.next_accumulation)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._log(batch)
+
+    def _validate_if_due(self, stepped: bool) -> None:
+        """``trainer.val_check_interval`` counts optimiser steps, and the last step validates.
+
+        Lightning counts micro-batches since the start of the process, which neither survives a
+        restart nor a change of accumulation.
+        """
+        trainer, interval = self.trainer, self.trainer.val_check_interval
+        step = trainer.global_step
+        due = step == trainer.max_steps or (isinstance(interval, int) and step % interval == 0)
+        trainer.val_check_batch = 1 if stepped and due else float("inf")
+
+    # -- logging ---------------------------------------------------------------------------------
+
+    def _log(self, batch: TokenBatch) -> None:
+        keys = sorted(self._sums)
+        values = torch.stack([self._sums[key].detach().double() for key in keys])
+        values = self.trainer.strategy.reduce(values, reduce_op="sum")
+        metrics = self.report(dict(zip(keys, values.tolist(), strict=True)))
+        metrics["train/grad_norm"] = float(self._grad_norm)
+        metrics["train/learning_rate"] = max(g["lr"] for g in self.optimizers().param_groups)
+        metrics["train/tokens"] = float(batch.next_position)
+        ledger = getattr(self.trainer.datamodule, "ledger", None)
+        if ledger is not None:
+            metrics |= ledger()
+        # The logged step counts completed optimiser steps.
+        self.log_dict(metrics | {"step": float(self.trainer.global_step)})
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning's loop counters depend on accumulation and would shift every later boundary;
+        # the step and the position of the data say all there is to say.
+        checkpoint.pop("loops", None)
+        checkpoint.pop("lr_schedulers", None)
+        checkpoint["files"] = {
+            DESCRIPTION: {
+                "decoder": asdict(self.decoder_config),
+                "rope": asdict(self.decoder.rope),
+            }
+        }
+        checkpoint["manifest"] = {
+            "tokens": self._next_position,
+            "run_name": Path(self.trainer.default_root_dir).name,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.setdefault("lr_schedulers", [])
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        step = checkpoint["global_step"]
+        self._next_position = checkpoint.get("manifest", {}).get("tokens", 0)
+        epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+        epoch_loop._batches_that_stepped = step
+
+
+def _change_accumulation(trainer: Any, accumulation: int) -> None:
+    """Begin the next optimiser step at a multiple of its accumulation, by Lightning's count."""
+    trainer.accumulate_grad_batches = accumulation
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    progress.ready = -(-progress.ready // accumulation) * accumulation
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale gradients so that their joint L2 norm is at most ``max_norm``; ``None`` only measures.
+
+    Returns:
+        The norm before clipping, a scalar on the device; whole also where gradients are sharded.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

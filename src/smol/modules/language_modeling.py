@@ -1,0 +1,77 @@
+"""Next-token prediction."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smol.data.batch import IGNORE, TokenBatch
+from smol.errors import UserError
+from smol.evaluation.bits_per_byte import BitsPerByte
+from smol.losses import linear_cross_entropy
+from smol.modules.base import DecoderModule
+
+
+class LanguageModeling(DecoderModule):
+    """Pretraining: the negative log-likelihood of each token given those before it in its document.
+
+    Args:
+        z_loss: Coefficient of the z-loss, the mean squared log-partition (PaLM, Chowdhery et al.
+            2022); 0 leaves it out of the objective, but it is still logged.
+        kwargs: See :class:`~smol.modules.base.DecoderModule`.
+    """
+
+    def __init__(self, z_loss: float = 0.0, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.z_loss = z_loss
+        self.bits_per_byte: BitsPerByte | None = None
+
+    def objective(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        nll, lse = self._likelihood(batch)
+        valid = batch.targets != IGNORE
+        nats, squares = nll.sum(), (lse.square() * valid).sum()
+        objective = nats + self.z_loss * squares if self.z_loss else nats
+        sums = {"loss": nats, "z_loss": squares, "tokens": valid.sum()}
+        return objective, {key: value.detach() for key, value in sums.items()}
+
+    def _likelihood(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        head = partial(linear_cross_entropy, targets=batch.targets)
+        return self.decoder(batch.tokens, batch.positions, batch.documents, head=head)
+
+    def setup(self, stage: str) -> None:
+        """Check that tokenizer and model fit, and make the metric that knows its sources."""
+        data = self.trainer.datamodule
+        if getattr(data, "tokenizer", None) is None:
+            return
+        size, rows = data.tokenizer.vocab_size, self.decoder_config.vocab_size
+        if size > rows:
+            padded = math.ceil(size / 128) * 128
+            raise UserError(
+                f"the tokenizer {data.tokenizer_path} has {size} tokens, the model only {rows} rows; "
+                f"use --model.decoder.vocab_size {padded}"
+            )
+        self.bits_per_byte = BitsPerByte(data.source_names, data.tokenizer)
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        nll, _ = self._likelihood(batch)
+        self.bits_per_byte.update(nll, batch.targets, batch.sources)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({f"held_out/{name}": v for name, v in self.bits_per_byte.compute().items()})
+        self.bits_per_byte.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Log-likelihood of every held-out token.
+
+        Returns:
+            ``tokens`` ``(rows, time)`` int64, the predicted ones; ``log_likelihood``
+            ``(rows, time)`` float32; ``sources`` ``(rows,)``.
+        """
+        with torch.no_grad():
+            nll, _ = self._likelihood(batch)
+        return {"tokens": batch.targets, "log_likelihood": -nll, "sources": batch.sources}
