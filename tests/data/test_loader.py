@@ -1,0 +1,113 @@
+"""The loader: interrupted equals uninterrupted, by token ids per optimiser step."""
+
+import numpy as np
+import pytest
+import torch
+from memory_sources import EOS, make_loader, step_ids
+
+from smol.data.batch import token_tensors
+from smol.data.curriculum import SourceConfig, StageConfig
+from smol.errors import UserError
+
+CHUNKS = {"code": [900, 700, 1100], "maths": [500, 640], "prose": [1300, 800, 999, 1024]}
+
+
+def stage(start, context=None, batch=None, **weights):
+    mixture = {n: SourceConfig(path=n, weight=w) for n, w in weights.items()}
+    return StageConfig(mixture, start_step=start, context_length=context, global_batch_tokens=batch)
+
+
+# Two stages, a longer context, a larger batch, and several epochs of the small sources.
+STAGES = {
+    "one": stage(0, prose=0.6, code=0.25, maths=0.15),
+    "two": stage(17, prose=0.3, code=0.3, maths=0.4),
+    "long": stage(29, context=32, prose=1, code=1),
+    "large": stage(37, context=8, batch=256, prose=2, code=1, maths=1),
+}
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return step_ids([make_loader(STAGES, CHUNKS)], STEPS)
+
+
+def resumed(position, history, n, *, ranks=1, micro=32, workers=0):
+    loaders = [
+        make_loader(STAGES, CHUNKS, rank, ranks, micro, workers, history=history)
+        for rank in range(ranks)
+    ]
+    return step_ids(loaders, n)
+
+
+@pytest.mark.parametrize("stop", range(0, STEPS, 3))
+def test_any_step(uninterrupted, stop):
+    loader = make_loader(STAGES, CHUNKS)
+    assert step_ids([loader], stop) == uninterrupted[:stop]
+    history = loader.curriculum.history(loader.position)
+    assert resumed(loader.position, history, STEPS - stop) == uninterrupted[stop:]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers(uninterrupted, workers):
+    loader = make_loader(STAGES, CHUNKS, workers=workers)
+    assert step_ids([loader], 20) == uninterrupted[:20]
+    history = loader.curriculum.history(loader.position)
+    assert resumed(loader.position, history, STEPS - 20) == uninterrupted[20:]
+    again = resumed(loader.position, history, STEPS - 20, workers=3 - workers % 3)
+    assert again == uninterrupted[20:]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 64), (1, 128), (2, 32), (2, 64), (4, 32)])
+def test_any_accumulation_and_any_number_of_ranks(uninterrupted, ranks, micro):
+    loader = make_loader(STAGES, CHUNKS)
+    step_ids([loader], 14)
+    history = loader.curriculum.history(loader.position)
+    rest = resumed(loader.position, history, STEPS - 14, ranks=ranks, micro=micro)
+    assert rest == uninterrupted[14:]
+
+
+def test_ranks_get_different_rows():
+    loaders = [make_loader(STAGES, CHUNKS, rank, 2) for rank in range(2)]
+    a, b = (next(iter(loader)).tokens for loader in loaders)
+    assert not (a == b).all()
+
+
+def test_fetched_is_not_consumed_and_seek_drops_what_is_in_flight(uninterrupted):
+    loader = make_loader(STAGES, CHUNKS, workers=2)
+    iterator = iter(loader)
+    first = next(iterator)
+    assert loader.position == 0
+    loader.seek(uninterrupted[2][0])
+    batch = next(iterator)
+    assert batch.position == uninterrupted[2][0]
+    assert batch.micro == 0
+    loader.seek(0)
+    assert (next(iterator).tokens == first.tokens).all()
+    with pytest.raises(ValueError, match="not the beginning of an optimiser step"):
+        loader.seek(5)
+
+
+def test_batches_announce_the_accumulation_of_the_next_step():
+    iterator = iter(make_loader(STAGES, CHUNKS, micro=64))
+    seen = [next(iterator) for _ in range(100)]
+    last = [batch for batch in seen if batch.micro == batch.accumulation - 1]
+    for batch, following in zip(last, last[1:], strict=False):
+        assert batch.next_accumulation == following.accumulation
+    assert {batch.accumulation for batch in seen} == {2, 4}
+
+
+def test_a_global_batch_that_does_not_divide_is_one_line():
+    with pytest.raises(UserError, match="a global batch of 128 tokens is 8 sequences of 16") as e:
+        make_loader(STAGES, CHUNKS, ranks=3)
+    assert "--data.global_batch_tokens 192" in str(e.value)
+
+
+def test_documents_begin_at_the_end_of_text_token():
+    blocks = np.array([[5, 6, EOS, 7, 8, 9, EOS, EOS, 3]], dtype=np.uint16)
+    batch = token_tensors(blocks, EOS)
+    assert batch["tokens"].tolist() == [[5, 6, 0, 7, 8, 9, 0, 0]]
+    assert batch["targets"].tolist() == [[6, 0, 7, 8, 9, 0, 0, 3]]
+    assert batch["documents"].tolist() == [[0, 0, 1, 1, 1, 1, 2, 3]]
+    assert batch["positions"].tolist() == [[0, 1, 0, 1, 2, 3, 0, 0]]
+    assert batch["tokens"].dtype == torch.int64
