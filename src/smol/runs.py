@@ -1,0 +1,98 @@
+"""Where a run starts from: its own newest checkpoint, or another run's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from smol.checkpoints.store import FsspecStore
+from smol.errors import UserError, nearest
+from smol.model.io import WEIGHTS
+from smol.paths import project_root, resolve
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a command starts from.
+
+    Attributes:
+        checkpoint: Whole state to go on from: weights, optimiser, position.
+        weights: Weights only.
+        reason: In words, for the log.
+    """
+
+    checkpoint: Path | None = None
+    weights: Path | None = None
+    reason: str = "starts from scratch"
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest checkpoint of a run that passes verification; ``None`` if it has none."""
+    store = FsspecStore(run_folder / CHECKPOINTS)
+    info = store.latest_verified()
+    return None if info is None else store.load_path(info)
+
+
+def find_start(
+    run_folder: Path,
+    ckpt_path: str | Path | None = None,
+    continues: str | None = None,
+    init_from: str | None = None,
+    training: bool = True,
+) -> Start:
+    """Decide what a command starts from.
+
+    A run that has checkpoints of its own goes on from them, whatever it began with; so the same line
+    restarts it.
+
+    Args:
+        run_folder: Folder of the run.
+        ckpt_path: A checkpoint's folder that was asked for, or ``"scratch"`` to start anew.
+        continues: Name of the run whose whole state begins this one.
+        init_from: Name of the run (or folder) whose weights begin this one.
+        training: Whether the command trains; if not, there must be something to start from.
+
+    Raises:
+        UserError: what is named is not there.
+    """
+    if ckpt_path == "scratch":
+        return Start()
+    if ckpt_path is not None:
+        folder = Path(resolve(ckpt_path))
+        if not folder.is_dir():
+            raise UserError(f"--ckpt_path {ckpt_path} is not a checkpoint's folder")
+        return Start(checkpoint=folder, reason=f"goes on from {folder}")
+    own = newest_checkpoint(run_folder)
+    if own is not None:
+        return Start(checkpoint=own, reason=f"goes on from its own checkpoint {own}")
+    if continues is not None:
+        found = _predecessor(run_folder.parent, continues)
+        return Start(checkpoint=found, reason=f"continues {continues} from {found}")
+    if init_from is not None:
+        folder = Path(resolve(init_from))
+        found = folder if (folder / WEIGHTS).exists() else _predecessor(run_folder.parent, init_from)
+        return Start(weights=found, reason=f"takes its weights from {found}")
+    if not training:
+        raise UserError(
+            f"the run '{run_folder.name}' has no checkpoint in {run_folder / CHECKPOINTS}; "
+            f"train it first: {_command(run_folder.name)}"
+        )
+    return Start()
+
+
+def _predecessor(runs_dir: Path, name: str) -> Path:
+    found = newest_checkpoint(runs_dir / name)
+    if found is None:
+        runs = [folder.name for folder in runs_dir.glob("*") if (folder / CHECKPOINTS).is_dir()]
+        raise UserError(
+            f"the run '{name}' has no checkpoint in {runs_dir / name}; make it first: "
+            f"{_command(name)}.{nearest(name, runs)}"
+        )
+    return found
+
+
+def _command(name: str) -> str:
+    """The command that makes a run: that of the configuration with its name, if there is one."""
+    config = next(project_root().glob(f"configs/**/{name}.yaml"), None)
+    shown = config.relative_to(project_root()) if config else f"{name}.yaml"
+    return f"python src/train.py fit --config {shown}"
