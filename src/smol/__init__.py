@@ -1,0 +1,1 @@
+"""Smol Lightning: the Smol Training Playbook, runnable."""

@@ -1,0 +1,36 @@
+"""Where relative paths of a configuration start: the project root, never the working directory."""
+
+import os
+import re
+from pathlib import Path
+
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def project_root() -> Path:
+    """The folder that relative paths start from: ``SMOL_ROOT``, or the repository of this package.
+
+    Returns:
+        An absolute path.
+    """
+    root = os.environ.get("SMOL_ROOT")
+    return Path(root).expanduser().resolve() if root else Path(__file__).resolve().parents[2]
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether ``path`` names its protocol, as in ``s3://bucket/key``."""
+    return bool(_URL.match(str(path)))
+
+
+def resolve(path: str | Path) -> Path | str:
+    """Make a relative path start at the project root.
+
+    Args:
+        path: A local path (``~`` is expanded) or a URL ``scheme://…``.
+
+    Returns:
+        An absolute `Path`, or the URL as it was given.
+    """
+    if is_url(path):
+        return str(path)
+    return project_root() / Path(path).expanduser()

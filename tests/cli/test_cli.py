@@ -1,0 +1,480 @@
+"""The command line as a user types it: what is built, what is written, what is refused."""
+
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import cli_parts
+import pytest
+import torch
+import yaml
+
+from smol.cli import main, parse_command_line
+from smol.errors import UserError
+from smol.lightning_cli import SmolCLI, WriteConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TRAIN = str(REPOSITORY / "src" / "train.py")
+
+RUN = """
+name: first
+vars: {hidden: 8, inner: {rate: 0.25}}
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+model:
+  class_path: cli_parts.Model
+  init_args:
+    decoder: {hidden_size: "${vars.hidden}"}
+    attention: {class_path: cli_parts.Attention, init_args: {window: 5}}
+    lr: ${vars.inner.rate}
+data:
+  class_path: cli_parts.Data
+  init_args:
+    stages:
+      stage1: {context_length: 64}
+      stage2: {context_length: "${mul:${vars.hidden},16}", mixture: {web: 0.5, code: 0.5}}
+callbacks:
+  report: {class_path: cli_parts.Report}
+  monitor: {class_path: cli_parts.Monitor, init_args: {every: 3}}
+  unordered: {class_path: cli_parts.Unordered}
+  guard: {class_path: cli_parts.Guard}
+"""
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project root that is the working directory, with ``run.yaml`` in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SMOL_ROOT", str(tmp_path))
+    monkeypatch.delenv("SMOL_TRACEBACK", raising=False)
+    (tmp_path / "run.yaml").write_text(RUN)
+    return tmp_path
+
+
+def build(*words: str) -> SmolCLI:
+    return main(["fit", "--config", "run.yaml", *words], run=False)
+
+
+def fit(*words: str) -> SmolCLI:
+    return main(["fit", "--config", "run.yaml", *words])
+
+
+def line_of(capsys: pytest.CaptureFixture, *words: str, command: str = "fit") -> str:
+    """The whole of standard error of a command line that is refused, checked to be one line."""
+    with pytest.raises(SystemExit) as stop:
+        main([command, *words])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    (line,) = err.splitlines()
+    return line
+
+
+def named_callbacks(cli: SmolCLI) -> list[str]:
+    parts = [type(callback) for callback in cli.trainer.callbacks]
+    return [part.__name__ for part in parts if part.__module__ == "cli_parts"]
+
+
+class TestBuild:
+    def test_types_reach_their_classes(self) -> None:
+        cli = build()
+        assert cli.model.decoder == cli_parts.Decoder(hidden_size=8, layers=1)
+        assert cli.model.attention.window == 5
+        assert cli.model.lr == 0.25
+        assert cli.datamodule.stages == {
+            "stage1": cli_parts.Stage(64),
+            "stage2": cli_parts.Stage(128, {"web": 0.5, "code": 0.5}),
+        }
+        assert cli.trainer.global_step == 0
+
+    def test_a_variable_changes_all_that_names_it_and_nothing_else(self) -> None:
+        cli = build("--vars.hidden", "40")
+        assert cli.model.decoder.hidden_size == 40
+        assert cli.datamodule.stages["stage2"].context_length == 640
+        assert cli.model.lr == 0.25
+        assert cli.settings.vars == {"hidden": 40, "inner": {"rate": 0.25}}
+
+    def test_an_interpolation_may_stand_in_a_flag(self) -> None:
+        assert build("--model.decoder.layers", "${add:${vars.hidden},1}").model.decoder.layers == 9
+
+    @pytest.mark.parametrize("place", range(3))
+    def test_a_flag_wins_in_any_place(self, root: Path, place: int) -> None:
+        (root / "over.yaml").write_text("vars: {hidden: 16}\nmodel: {init_args: {lr: 0.5}}")
+        files = [["--config", "run.yaml"], ["--config=over.yaml"]]
+        files.insert(place, ["--vars.hidden", "12"])
+        cli = main(["fit", *chain(*files)], run=False)
+        assert (cli.model.decoder.hidden_size, cli.model.lr) == (12, 0.5)
+
+    def test_one_stage_is_changed_removed_or_added(self) -> None:
+        stages = build("--data.stages.stage2.context_length", "512").datamodule.stages
+        assert stages["stage2"] == cli_parts.Stage(512, {"web": 0.5, "code": 0.5})
+        assert stages["stage1"] == cli_parts.Stage(64)
+        assert build("--data.stages.stage2", "null").datamodule.stages == {
+            "stage1": cli_parts.Stage(64),
+            "stage2": None,
+        }
+        added = build("--data.stages.stage3.mixture.maths", "1").datamodule.stages
+        assert list(added) == ["stage1", "stage2", "stage3"]
+        assert added["stage3"] == cli_parts.Stage(16, {"maths": 1.0})
+
+    def test_swapping_a_class_drops_its_arguments(self, root: Path) -> None:
+        assert build("--model.attention", "cli_parts.LinearAttention").model.attention.rank == 2
+        (root / "over.yaml").write_text(
+            "model: {init_args: {attention: {class_path: cli_parts.LinearAttention}}}"
+        )
+        model = build("--config", "over.yaml", "--model.attention.rank", "7").model
+        assert type(model.attention) is cli_parts.LinearAttention
+        assert model.attention.rank == 7
+
+    def test_a_name_that_looks_like_a_number_is_a_name(self, root: Path) -> None:
+        assert build("--name", "0012").run_folder == root / "runs" / "0012"
+
+
+class TestCallbacks:
+    def test_the_order_is_the_classes_and_not_the_files(self) -> None:
+        assert named_callbacks(build()) == ["Guard", "Monitor", "Unordered", "Report"]
+
+    def test_null_removes_by_flag_and_by_file(self, root: Path) -> None:
+        assert "Guard" not in named_callbacks(build("--callbacks.guard", "null"))
+        (root / "over.yaml").write_text("callbacks: {guard: null}")
+        cli = build("--config", "over.yaml")
+        assert named_callbacks(cli) == ["Monitor", "Unordered", "Report"]
+
+    def test_null_then_set_again(self, root: Path) -> None:
+        (root / "off.yaml").write_text("callbacks: {monitor: null}")
+        (root / "on.yaml").write_text("callbacks: {monitor: {class_path: cli_parts.Monitor}}")
+        on = build("--config", "off.yaml", "--config", "on.yaml")
+        assert on.config_init.fit.callbacks["monitor"].every == 1  # 3 went with the null
+        off = build("--config", "on.yaml", "--config", "off.yaml")
+        assert off.config_init.fit.callbacks["monitor"] is None
+
+    def test_one_argument_by_flag(self) -> None:
+        for flag in ("--callbacks.monitor.every", "--callbacks.monitor.init_args.every"):
+            assert build(flag, "9").config_init.fit.callbacks["monitor"].every == 9
+
+    def test_swapped_and_added_by_flag(self) -> None:
+        swapped = build("--callbacks.monitor", "cli_parts.Guard", "--callbacks.monitor.limit", "2")
+        assert named_callbacks(swapped) == ["Guard", "Guard", "Unordered", "Report"]
+        added = build("--callbacks.mine", "cli_parts.Guard", "--callbacks.mine.limit", "3.5")
+        assert added.config_init.fit.callbacks["mine"].limit == 3.5
+
+
+class TestRun:
+    def test_fit_writes_what_was_run(self, root: Path) -> None:
+        cli = fit("--vars.hidden", "4")
+        assert cli.trainer.global_step == 2
+        assert cli.run_folder == root / "runs" / "first"
+        assert cli.trainer.default_root_dir == str(cli.run_folder)
+        source = yaml.safe_load((cli.run_folder / "config.source.yaml").read_text())
+        assert source["vars"]["hidden"] == 4
+        assert source["model"]["init_args"]["decoder"] == {"hidden_size": "${vars.hidden}"}
+        resolved = yaml.safe_load((cli.run_folder / "config.yaml").read_text())
+        assert resolved["model"]["init_args"]["decoder"] == {"hidden_size": 4, "layers": 1}
+
+    def test_what_was_written_runs_again(self, root: Path) -> None:
+        first = fit("--model.lr", "1e-3")
+        for file in ("config.yaml", "config.source.yaml"):
+            again = main(["fit", "--config", str(first.run_folder / file), "--name", "again"])
+            assert torch.equal(again.model.weight, first.model.weight)
+            assert again.config_dump | {"name": "first"} == first.config_dump
+
+    def test_a_config_that_differs_is_kept(self, root: Path) -> None:
+        folder = fit().run_folder
+        first = (folder / "config.yaml").read_text()
+        fit()
+        assert not (folder / "config.1.yaml").exists()
+        fit("--model.lr", "0.5")
+        second = (folder / "config.yaml").read_text()
+        fit("--model.lr", "0.75")
+        kept = [(folder / f"config.{n}.yaml").read_text() for n in (1, 2)]
+        assert kept == [first, second]
+        assert "lr: 0.75" in (folder / "config.yaml").read_text()
+
+    def test_only_the_first_rank_writes(self, root: Path) -> None:
+        cli = build()
+        for zero in (False, True):
+            trainer = SimpleNamespace(is_global_zero=zero, fast_dev_run=False)
+            WriteConfig(cli).setup(trainer, cli.model, "fit")
+            assert (root / "runs" / "first" / "config.yaml").exists() is zero
+
+    def test_print_config_goes_round(self, root: Path, capsys: pytest.CaptureFixture) -> None:
+        with pytest.raises(SystemExit) as stop:
+            fit("--vars.hidden", "4", "--print_config")
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        (root / "printed.yaml").write_text(printed)
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", "printed.yaml", "--print_config"])
+        assert capsys.readouterr().out == printed
+        assert not (root / "runs").exists()
+        again = main(["fit", "--config", "printed.yaml"])
+        assert torch.equal(again.model.weight, fit("--vars.hidden", "4").model.weight)
+
+    def test_a_given_root_dir_stays(self, root: Path) -> None:
+        cli = build("--trainer.default_root_dir", "elsewhere")
+        assert Path(cli.trainer.default_root_dir).name == "elsewhere"
+
+    def test_validate_needs_no_name(self, root: Path) -> None:
+        cli = main(["validate", "--config", "run.yaml", "--name", "null"])
+        assert cli.trainer.callback_metrics["weight"] == 0
+        assert not (root / "runs").exists()
+
+    def test_what_a_checkpoint_says_overrides_nothing(self, root: Path) -> None:
+        cli = fit()
+        cli.trainer.save_checkpoint("last.ckpt")
+        saved = torch.load("last.ckpt", weights_only=False)["hyper_parameters"]
+        assert saved["lr"] == 0.25
+        resumed = fit("--ckpt_path", "last.ckpt", "--model.lr", "0.5", "--trainer.max_steps", "3")
+        assert resumed.model.lr == 0.5
+        assert resumed.trainer.global_step == 3
+
+    def test_the_checkpoint_comes_from_its_resolver(self, root: Path) -> None:
+        trained = fit()
+        trained.trainer.save_checkpoint("last.ckpt")
+
+        class Resolving(SmolCLI):
+            def resolve_checkpoint(self) -> str:
+                return str(self.settings.ckpt_path).replace("newest", "last")
+
+        words = ["validate", "--config", "run.yaml", "--ckpt_path", "newest.ckpt"]
+        cli = Resolving(parse_command_line(words))
+        assert torch.equal(cli.model.weight, trained.model.weight)
+
+    def test_help_on_a_class(self, capsys: pytest.CaptureFixture) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--model.help", "cli_parts.Model"])
+        assert stop.value.code == 0
+        assert "--model.decoder.hidden_size" in capsys.readouterr().out
+
+
+NO_KEY = "unknown key"
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            # A misspelt key, at any depth.
+            ("--trainer.max_stepz 5", f"{NO_KEY} 'max_stepz'. Did you mean 'max_steps'?"),
+            ("--max_steps 5", f"{NO_KEY} 'max_steps'. Did you mean 'trainer.max_steps'?"),
+            ("--calbacks.x null", f"{NO_KEY} 'calbacks'. Did you mean 'callbacks'?"),
+            ("--model.decoder.hiden_size 6", f"{NO_KEY} 'hiden_size'. Did you mean 'hidden_size'?"),
+            ("--model.attention.rank 6", f"{NO_KEY} 'rank', expected one of window"),
+            ("--callbacks.monitor.init_args.evry 9", f"{NO_KEY} 'evry'. Did you mean 'every'?"),
+            ("--data.stags.a 9", f"{NO_KEY} 'stags'. Did you mean 'stages'?"),
+            (
+                "--data.stages.stage1.contxt_length 9",
+                f"{NO_KEY} 'contxt_length'. Did you mean 'context_length'?",
+            ),
+            # An unknown class.
+            (
+                "--model cli_parts.Modle",
+                "unknown class 'cli_parts.Modle'. Did you mean 'cli_parts.Model'?",
+            ),
+            (
+                "--model cli_part.Model",
+                "unknown class 'cli_part.Model': no module 'cli_part'. Did you mean 'cli_parts'?",
+            ),
+            (
+                "--trainer.logger lightning.pytorch.logers.CSVLogger",
+                "unknown class 'lightning.pytorch.logers.CSVLogger': no module "
+                "'lightning.pytorch.logers'. Did you mean 'lightning.pytorch.loggers'?",
+            ),
+            (
+                "--callbacks.new Gard",
+                "unknown class 'Gard', expected a full path as package.Gard. Did you mean 'Guard'?",
+            ),
+            ("--model.attention cli_parts.Guard", "'cli_parts.Guard' is no Attention"),
+            # A wrong type.
+            ("--trainer.max_steps many", "expected int, got 'many' (str)"),
+            ("--model.lr fast", "expected float, got 'fast' (str)"),
+            ("--model.decoder.layers 1.5", "expected int, got 1.5 (float)"),
+            ("--data.stages.stage2.mixture.web much", "expected float, got 'much' (str)"),
+            ("--callbacks.guard 5", "expected Callback | null, got 5 (int)"),
+            (
+                "--callbacks.new.limit 5",
+                "expected class_path and init_args, got {'limit': 5} (dict)",
+            ),
+        ],
+    )
+    def test_flag(self, capsys: pytest.CaptureFixture, words: str, message: str) -> None:
+        flag = words.split()[0]
+        line = line_of(capsys, "--config", "run.yaml", *words.split())
+        assert line == f"error: {flag}: {message}"
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("", "model.init_args.attention.init_args.stride: missing, expected int"),
+            ("--model.attention.stride null", "--model.attention.stride: expected int, got null"),
+            (
+                "--model.attention.stride 2 --model.attention.edge fold",
+                "--model.attention.edge: expected 'wrap' | 'cut', got 'fold' (str)",
+            ),
+        ],
+    )
+    def test_required_and_chosen(
+        self, capsys: pytest.CaptureFixture, words: str, message: str
+    ) -> None:
+        swap = ["--model.attention", "cli_parts.StridedAttention"]
+        line = line_of(capsys, "--config", "run.yaml", *swap, *words.split())
+        assert line == f"error: {message}"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("trainr: {}", "trainr (over.yaml): unknown key 'trainr'. Did you mean 'trainer'?"),
+            (
+                "model: {init_args: {decoder: {hiden_size: 3}}}",
+                "model.init_args.decoder.hiden_size (over.yaml): "
+                "unknown key 'hiden_size'. Did you mean 'hidden_size'?",
+            ),
+            (
+                "model: {decoder: {hidden_size: 3}}",
+                "model.decoder (over.yaml): unknown key 'decoder' beside class_path. "
+                "Put 'decoder' under init_args.",
+            ),
+            (
+                "callbacks: {monitor: {init_args: {every: often}}}",
+                "callbacks.monitor.init_args.every (over.yaml): expected int, got 'often' (str)",
+            ),
+            (
+                "data: {class_path: cli_parts.Date}",
+                "data.class_path (over.yaml): unknown class 'cli_parts.Date'. "
+                "Did you mean 'cli_parts.Data'?",
+            ),
+            (
+                "model: {class_path: cli_parts.Model}\nmodel: {}",
+                "over.yaml:2: bad YAML, duplicate key 'model'",
+            ),
+            (
+                "model: {init_args: {lr: '${vars.iner.rate}'}}",
+                "model.init_args.lr (over.yaml): '${vars.iner.rate}' names no key. "
+                "Did you mean 'vars.inner.rate'?",
+            ),
+            ("trainer: 3", "trainer (over.yaml): expected a mapping, got 3 (int)"),
+            ("trainer: {callback: {}}", "trainer.callback (over.yaml): unknown key 'callback'. "
+             "Did you mean 'callbacks'?"),
+            ("model: null", "no model is set; type --config FILE, as --config configs/stage1.yaml"),
+            ("name: 12", "name (over.yaml): expected str | null, got 12 (int)"),
+            ("name: ../up", "name is '../up', expected a folder name to put under runs_dir"),
+            ("name: null", "the run has no name; type --name NAME, or set name: in a config file"),
+            ("runs_dir: s3://b/runs", "runs_dir is 's3://b/runs', expected a local folder"),
+            (
+                "continues: one\ninit_from: two",
+                "both continues ('one') and init_from ('two') are set, expected at most one; "
+                "type --init_from null or --continues null",
+            ),
+        ],
+    )  # fmt: skip
+    def test_file(self, root: Path, capsys: pytest.CaptureFixture, text: str, message: str) -> None:
+        (root / "over.yaml").write_text(text)
+        line = line_of(capsys, "--config", "run.yaml", "--config", "over.yaml")
+        assert line == f"error: {message}"
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("fitt", "unknown command 'fitt', expected fit, validate, test, predict. "
+             "Did you mean 'fit'?"),
+            ("--config run.yaml", "no command; type one of fit, validate, test, predict after "
+             "train.py"),
+            ("fit run.yaml", "unexpected 'run.yaml' after 'fit'; a key needs --"),
+            ("fit -x 3", "unexpected '-x'; flags begin with --"),
+            ("fit --model.lr --config run.yaml", "--model.lr has no value; type --model.lr VALUE"),
+            ("fit --data.stages [1", "--data.stages:1: bad YAML, expected ',' or ']', but got "
+             "'<stream end>'"),
+            ("fit --config rum.yaml", "config file 'rum.yaml' not found in {root}. "
+             "Did you mean 'run.yaml'?"),
+        ],
+    )  # fmt: skip
+    def test_command_line(
+        self, root: Path, capsys: pytest.CaptureFixture, words: str, message: str
+    ) -> None:
+        command, *rest = words.split()
+        line = line_of(capsys, *rest, command=command)
+        assert line == f"error: {message.format(root=root)}"
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("--model.refuse user", "the model is refused; type --model.refuse null"),
+            ("--model.fail step", "the step failed; type --model.fail null"),
+            ("--data.fail true", "row 0 is bad, got 1, expected 2"),
+            ("--data.fail true --data.workers 1", "row 0 is bad, got 1, expected 2"),
+            ("--trainer.accelerator quantum", "You selected an invalid accelerator name"),
+        ],
+    )
+    def test_mistakes_found_while_building_or_running(
+        self,
+        capsys: pytest.CaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        words: str,
+        message: str,
+    ) -> None:
+        with pytest.raises(SystemExit) as stop:
+            fit(*words.split())
+        assert stop.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"error: {message}")
+        assert line == f"error: {message}" or "accelerator" in line
+        monkeypatch.setenv("SMOL_TRACEBACK", "1")
+        with pytest.raises(UserError):
+            fit(*words.split())
+
+    def test_a_bug_in_a_constructor_keeps_its_traceback(self) -> None:
+        with pytest.raises(ValueError, match=r"^a mistake of the programmer's$") as error:
+            build("--model.refuse", "bug")
+        assert error.traceback[-1].path == Path(cli_parts.__file__)
+
+
+class TestProcess:
+    """What only a process of its own can show: status, standard error, imports."""
+
+    @staticmethod
+    def run(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **env}
+        words = (sys.executable, *words)
+        return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+    def test_from_another_folder(self, root: Path) -> None:
+        away = root / "away"
+        away.mkdir()
+        done = self.run(TRAIN, "fit", "--config", "run.yaml", cwd=away)
+        assert done.returncode == 0, done.stderr
+        assert (root / "runs" / "first" / "config.yaml").is_file()
+        assert not any(away.iterdir())
+
+    def test_a_mistake_is_one_line_and_status_two(self, root: Path) -> None:
+        done = self.run(TRAIN, "fit", "--config", "run.yaml", "--trainer.max_stepz=1", cwd=root)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr == (
+            "error: --trainer.max_stepz: unknown key 'max_stepz'. Did you mean 'max_steps'?\n"
+        )
+
+    def test_help_imports_next_to_nothing(self, root: Path) -> None:
+        script = (
+            "import runpy, sys\n"
+            "sys.argv = ['train.py', *sys.argv[2:]]\n"
+            f"try: runpy.run_path({TRAIN!r}, run_name='__main__')\n"
+            "finally: print(*sys.modules, file=sys.stderr)"
+        )
+        done = self.run("-c", script, "--", "--help", cwd=root)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage: train.py COMMAND --config FILE")
+        heavy = {"torch", "lightning", "transformers", "litdata", "jsonargparse", "smol.data"}
+        assert not heavy & set(done.stderr.split())
+
+        done = self.run("-c", script, "--", "fit", "--help", cwd=root)
+        assert done.returncode == 0
+        assert "--trainer.max_steps" in done.stdout
+        assert not {"litdata", "datasets", "smol.data", "callbacks"} & set(done.stderr.split())
