@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from smol.cli import CommandLine
@@ -19,6 +20,7 @@ from smol.config import compose, dump_yaml
 from smol.errors import UserError
 from smol.interpolation import interpolate
 from smol.paths import is_url, resolve
+from smol.runs import find_start
 
 DEFAULT_ORDER = 250  # guards 100, monitors 200, reports 300, checkpoints 400
 DEFAULT_SEED = 42
@@ -67,9 +69,17 @@ class SmolCLI(LightningCLI):
         """Where the run keeps its files: ``runs_dir/name``, under the project root."""
         return Path(resolve(self.settings.runs_dir)) / (self.settings.name or "")
 
-    def resolve_checkpoint(self) -> str | Path | None:
-        """The checkpoint that the command starts from; here, what ``--ckpt_path`` says."""
-        return self.settings.ckpt_path
+    def resolve_checkpoint(self) -> str | None:
+        """The checkpoint that the command goes on from; weights to begin with go to the model."""
+        settings = self.settings
+        training = self.line.command == "fit" or settings.name is None
+        start = find_start(
+            self.run_folder, settings.ckpt_path, settings.continues, settings.init_from, training
+        )
+        rank_zero_info(f"{settings.name}: {start.reason}")
+        if start.weights is not None:
+            self.model.initial_weights = start.weights
+        return None if start.checkpoint is None else str(start.checkpoint)
 
     def subcommands(self) -> dict[str, set[str]]:
         """Only the command that was asked for: each costs time to set up."""

@@ -59,8 +59,8 @@ def find_start(
         return Start()
     if ckpt_path is not None:
         folder = Path(resolve(ckpt_path))
-        if not folder.is_dir():
-            raise UserError(f"--ckpt_path {ckpt_path} is not a checkpoint's folder")
+        if not folder.exists():
+            raise UserError(f"--ckpt_path {ckpt_path} is not there; expected a checkpoint's folder")
         return Start(checkpoint=folder, reason=f"goes on from {folder}")
     own = newest_checkpoint(run_folder)
     if own is not None:
