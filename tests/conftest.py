@@ -28,6 +28,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory):
+    """Two small prepared sources, ``cats`` and ``dogs``, of several chunks, and their tokenizer."""
+    from tiny import prepare_sources
+
+    return prepare_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture
+def source(sources):
+    """One of them."""
+    return sources / "cats"
+
+
+@pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory):
     """A running S3 server with an empty bucket."""
     from object_store import ObjectStore

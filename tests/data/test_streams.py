@@ -7,33 +7,8 @@ import numpy as np
 import pytest
 
 from smol.data.card import read_card
-from smol.data.documents import Files
-from smol.data.prepare import PrepareSettings, prepare
 from smol.data.streams import ChunkCache, TokenStream
-from smol.data.tokenizer import train_tokenizer
 from smol.errors import UserError
-
-WORDS = "the cat sat on a mat and saw one more cat in the old house by the sea".split()
-
-
-@pytest.fixture(scope="session")
-def source(tmp_path_factory):
-    """A small prepared source of several chunks."""
-    folder = tmp_path_factory.mktemp("source")
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, rng.integers(5, 200))) for _ in range(400)]
-    (folder / "text.txt").write_text("\n\n".join(texts))
-    train_tokenizer(texts, folder / "tokenizer", vocab_size=384)
-    prepare(
-        Files([str(folder / "text.txt")], separator="\n\n"),
-        folder / "cats",
-        folder / "tokenizer",
-        PrepareSettings(held_out=0.1, chunk_tokens=4000),
-        name="cats",
-        workers=0,
-        log=lambda line: None,
-    )
-    return folder / "cats"
 
 
 @pytest.fixture

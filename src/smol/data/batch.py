@@ -63,8 +63,9 @@ def token_tensors(blocks: np.ndarray, eos_id: int) -> dict[str, Tensor]:
     time = np.arange(tokens.shape[1])
     last_begin = np.maximum.accumulate(np.where(begins, time, 0), axis=1)
     return {
-        "tokens": torch.from_numpy(np.ascontiguousarray(tokens)),
-        "targets": torch.from_numpy(np.ascontiguousarray(targets)),
+        # Copies: tokens and targets overlap, and whoever masks a target must not change an input.
+        "tokens": torch.from_numpy(tokens.copy()),
+        "targets": torch.from_numpy(targets.copy()),
         "documents": torch.from_numpy(np.cumsum(begins, axis=1, dtype=np.int32)),
         "positions": torch.from_numpy(time - last_begin),
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -61,10 +62,12 @@ class DecoderModule(LightningModule):
         self.init_seed = init_seed
         self.initial_weights: Path | None = None
         self.decoder: Decoder | None = None
+        self._batch: TokenBatch | None = None
         self._sums: dict[str, Tensor] = {}
         self._grad_norm: Tensor | None = None
         self._next_position = 0
         self._stepped = False
+        self._dropped = False
 
     def objective(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch, summed over its trained tokens.
@@ -126,9 +129,22 @@ class DecoderModule(LightningModule):
             self._sums = sums
         else:
             self._sums = {key: self._sums[key] + value for key, value in sums.items()}
-        self._next_position = batch.next_position
+        self._batch, self._next_position = batch, batch.next_position
         # Lightning divides by the accumulation, and gradients are averaged over the ranks.
         return objective * (self._ranks * batch.accumulation / batch.step_tokens)
+
+    def on_after_backward(self) -> None:
+        """Once the whole window is in, replace an estimated number of tokens by the true one."""
+        batch, self._dropped = self._batch, False
+        if batch.exact or batch.micro < batch.accumulation - 1:
+            return
+        tokens = float(self.trainer.strategy.reduce(self._sums["tokens"].clone(), reduce_op="sum"))
+        self._dropped = tokens == 0
+        for parameter in self.decoder.parameters():
+            if self._dropped:
+                parameter.grad = None  # the optimiser passes over it: no moment, no decay, no tick
+            elif parameter.grad is not None:
+                parameter.grad.mul_(batch.step_tokens / tokens)
 
     @property
     def _ranks(self) -> int:
@@ -144,9 +160,17 @@ class DecoderModule(LightningModule):
         )
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self._stepped = True
+        if self._dropped:
+            self._uncount_step()
         consume = getattr(self.trainer.datamodule, "consume", None)
         if consume is not None:
             consume(self._next_position)
+
+    def _uncount_step(self) -> None:
+        """A dropped step consumes data, but is neither a step nor a tick of the schedule."""
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed -= 1
+        epoch_loop._batches_that_stepped -= 1
 
     def configure_gradient_clipping(
         self,
@@ -160,13 +184,13 @@ class DecoderModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
         trainer = self.trainer
-        self._validate_if_due(stepped=self._stepped)
+        self._validate_if_due(stepped=self._stepped and not self._dropped)
         if not self._stepped:
             return
         self._stepped = False
         if batch.next_accumulation != batch.accumulation:
             _change_accumulation(trainer, batch.next_accumulation)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0 and not self._dropped:
             self._log(batch)
 
     def _validate_if_due(self, stepped: bool) -> None:
@@ -193,8 +217,15 @@ class DecoderModule(LightningModule):
         ledger = getattr(self.trainer.datamodule, "ledger", None)
         if ledger is not None:
             metrics |= ledger()
-        # The logged step counts completed optimiser steps.
-        self.log_dict(metrics | {"step": float(self.trainer.global_step)})
+        self.log_dict(metrics | self.step_metric())
+
+    def step_metric(self) -> dict[str, float]:
+        """The x-axis of what is logged in training: completed optimiser steps.
+
+        Lightning would count the steps before this one, and validation differently.
+        """
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        return {"step": float(self.trainer.global_step)} if fitting else {}
 
     # -- checkpoints -----------------------------------------------------------------------------
 

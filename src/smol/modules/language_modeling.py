@@ -59,8 +59,9 @@ class LanguageModeling(DecoderModule):
         self.bits_per_byte.update(nll, batch.targets, batch.sources)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"held_out/{name}": v for name, v in self.bits_per_byte.compute().items()})
+        metrics = {f"held_out/{name}": v for name, v in self.bits_per_byte.compute().items()}
         self.bits_per_byte.reset()
+        self.log_dict(metrics | self.step_metric())
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
