@@ -55,7 +55,9 @@ class ProgressLine(Callback):
         _, step, tokens = self._printed
         rate = (tokens - since[2]) / max(now - since[0], 1e-9)
         steps_per_second = (step - since[1]) / max(now - since[0], 1e-9)
-        parts = [f"step {step:,}/{trainer.max_steps:,}" if trainer.max_steps > 0 else f"step {step:,}"]
+        parts = [
+            f"step {step:,}/{trainer.max_steps:,}" if trainer.max_steps > 0 else f"step {step:,}"
+        ]
         if "train/loss" in trainer.callback_metrics:
             parts.append(f"loss {float(trainer.callback_metrics['train/loss']):.3f}")
         if tokens:

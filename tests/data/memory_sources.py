@@ -24,7 +24,16 @@ class MemoryStream:
 
 
 def make_loader(
-    stages, chunks, rank=0, ranks=1, micro=32, workers=0, context=16, batch=128, history=(), window=2
+    stages,
+    chunks,
+    rank=0,
+    ranks=1,
+    micro=32,
+    workers=0,
+    context=16,
+    batch=128,
+    history=(),
+    window=2,
 ) -> PositionLoader:
     """A loader over in-memory sources; ``chunks`` maps a source to the tokens of its chunks."""
     orders = {n: SourceOrder(n, c, 8, 32, window, seed=1) for n, c in chunks.items()}

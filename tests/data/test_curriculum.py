@@ -163,12 +163,7 @@ def test_a_removed_source_may_come_back_without_repeating_itself():
     first = build({"s": stage(0, prose=1, code=1)})
     second = build({"s": stage(0, prose=1)}, first.history(640))
     third = build({"s": stage(0, prose=1, code=1)}, second.history(1280))
-    code = [
-        row[1:3]
-        for position, rows in steps(third, 0, 40)
-        for row in rows
-        if row[0] == "code"
-    ]
+    code = [row[1:3] for position, rows in steps(third, 0, 40) for row in rows if row[0] == "code"]
     assert len(code) == len(set(code)) > 40
 
 

@@ -73,7 +73,9 @@ def test_a_run_moves_between_one_rank_and_two(sources, tmp_path):
     options = {"strategy": "fsdp2", "micro": 128, "uneven": False}
     save = tmp_path / "a/ck"
     first = launch(sources, tmp_path / "a", **options, steps=2, save=save)
-    second = single(sources, tmp_path / "b", uneven=False, steps=4, resume=save, save=tmp_path / "b/ck")
+    second = single(
+        sources, tmp_path / "b", uneven=False, steps=4, resume=save, save=tmp_path / "b/ck"
+    )
     save = tmp_path / "c/ck"
     third = launch(sources, tmp_path / "c", **options, resume=tmp_path / "b/ck", save=save)
     assert_same(whole, first + second + third)

@@ -46,7 +46,9 @@ class Recorder(Callback):
             self.steps[-1]["loss"] = float(trainer.callback_metrics["train/loss"])
 
 
-def train(folder, sources, max_steps=3, ckpt_path=None, mask=None, module=None, data=None, **kwargs):
+def train(
+    folder, sources, max_steps=3, ckpt_path=None, mask=None, module=None, data=None, **kwargs
+):
     recorder = Recorder(mask)
     module = module or make_module()
     callbacks = [recorder, *kwargs.pop("callbacks", [])]
@@ -225,9 +227,7 @@ class TestLog:
         assert [row["step"] for row in a] == [str(i) for i in range(1, 9)]
         # Step 4 was the last of a shorter run once, and validated: only there they may differ.
         for row, other in zip(a, b, strict=True):
-            assert {k: v for k, v in row.items() if v} == {
-                k: other[k] for k in row if row[k]
-            }
+            assert {k: v for k, v in row.items() if v} == {k: other[k] for k in row if row[k]}
 
     def test_what_is_logged(self, sources, tmp_path):
         logger = CSVLogger(str(tmp_path))

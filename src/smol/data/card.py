@@ -135,7 +135,9 @@ def _read_text(path: str, storage_options: dict[str, Any]) -> str | None:
         return None
     except Exception as error:  # each store has its own kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read {path} ({reason}); check the address and credentials") from None
+        raise UserError(
+            f"cannot read {path} ({reason}); check the address and credentials"
+        ) from None
 
 
 def verify(folder: str | Path) -> Card:

@@ -181,7 +181,9 @@ def _ordered(stages: Mapping[str, StageConfig]) -> list[tuple[str, StageConfig]]
             raise UserError(f"stage '{name}' has no source with a positive weight in its mixture")
     by_tokens = {stage.start_step is None for _, stage in stages.items() if stage.start_step != 0}
     if len(by_tokens) > 1:
-        raise UserError("data.stages mixes start_step and start_tokens; give all stages one of them")
+        raise UserError(
+            "data.stages mixes start_step and start_tokens; give all stages one of them"
+        )
 
     def start(item: tuple[str, StageConfig]) -> int:
         return item[1].start_step if item[1].start_step is not None else item[1].start_tokens
@@ -376,5 +378,3 @@ def check_history(history: tuple[Segment, ...], curriculum: Curriculum) -> None:
                     f"the checkpoint consumed {tokens} tokens of '{name}' in {was.stage}, this "
                     f"curriculum {now.tokens[name]}; data.seed or the sources were changed"
                 )
-
-

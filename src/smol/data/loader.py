@@ -40,7 +40,10 @@ class Layout:
         Raises:
             UserError: the global batch does not divide.
         """
-        sequences, per_pass = segment.global_batch // segment.context, self.rows(segment) * self.ranks
+        sequences, per_pass = (
+            segment.global_batch // segment.context,
+            self.rows(segment) * self.ranks,
+        )
         if sequences % per_pass:
             fits = -(-sequences // per_pass) * per_pass * segment.context
             raise UserError(

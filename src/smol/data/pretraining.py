@@ -148,9 +148,7 @@ class Pretraining(LightningDataModule):
 
     def _check_cache(self) -> None:
         remote = [s for s in self._streams.values() if is_url(s.path)]
-        needed = sum(
-            sum(sorted(c.bytes for c in s.chunks)[-self.chunk_window :]) for s in remote
-        )
+        needed = sum(sum(sorted(c.bytes for c in s.chunks)[-self.chunk_window :]) for s in remote)
         if needed > self.cache.max_bytes:
             raise UserError(
                 f"data.cache_gigabytes is {self.cache.max_bytes / 1e9:.3f}, but one window of "
@@ -348,9 +346,7 @@ class _HeldOut(Dataset):
         return batch
 
 
-def _first_blocks(
-    stream: TokenStream, context: int, limit: int | None
-) -> list[tuple[int, int]]:
+def _first_blocks(stream: TokenStream, context: int, limit: int | None) -> list[tuple[int, int]]:
     """Chunk and first token of the blocks of a stream, up to ``limit`` tokens.
 
     Raises:

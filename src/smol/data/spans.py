@@ -135,7 +135,13 @@ class SourceOrder:
     """
 
     def __init__(
-        self, name: str, chunk_tokens: Sequence[int], span: int, longest: int, window: int, seed: int
+        self,
+        name: str,
+        chunk_tokens: Sequence[int],
+        span: int,
+        longest: int,
+        window: int,
+        seed: int,
     ):
         self.name, self.span, self.longest, self.window = name, span, longest, window
         self.key = (seed, crc32(name.encode()))
@@ -271,7 +277,9 @@ class Leg:
 
     def _labels(self, epoch: int, window: int) -> np.ndarray:
         """Which of the window's chunks supplies its blocks: a random interleaving."""
-        counts = [chunk.available(state, self.block) for chunk, state in self._chunks(epoch, window)]
+        counts = [
+            chunk.available(state, self.block) for chunk, state in self._chunks(epoch, window)
+        ]
         labels = np.repeat(np.arange(len(counts)), counts)
         return labels[shuffled(len(labels), *self.order.key, epoch, 2, window, self.block)]
 

@@ -51,7 +51,9 @@ class TokenStream:
         self.card: Card = read_card(self.path, storage_options)
         self.chunks = self.card.chunks[split]
         if not self.chunks:
-            raise UserError(f"{self.path} has no {split} data; prepare it again with more documents")
+            raise UserError(
+                f"{self.path} has no {split} data; prepare it again with more documents"
+            )
         self.dtype = np.dtype(self.card.dtype)
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
@@ -83,9 +85,7 @@ class TokenStream:
             check_chunk(file, entry, self.verify)
         items = int(np.fromfile(file, dtype=np.uint32, count=1)[0])
         # The header: the number of items, then as many offsets and one more.
-        return np.memmap(
-            file, self.dtype, mode="r", offset=4 * (2 + items), shape=(entry.tokens,)
-        )
+        return np.memmap(file, self.dtype, mode="r", offset=4 * (2 + items), shape=(entry.tokens,))
 
     def __getstate__(self) -> dict:
         # Memory maps do not travel to data workers; each opens its own.
@@ -155,9 +155,7 @@ class ChunkCache:
         for attempt in range(1, FETCH_ATTEMPTS + 1):
             try:
                 # A new instance: one made before a fork may hold a dead event loop.
-                fs, remote = fsspec.url_to_fs(
-                    url, skip_instance_cache=True, **self.storage_options
-                )
+                fs, remote = fsspec.url_to_fs(url, skip_instance_cache=True, **self.storage_options)
                 fs.get_file(remote, str(part))
                 check_chunk(part, entry)
                 part.replace(file)

@@ -1,0 +1,41 @@
+"""Every YAML under configs/ is parsed and built, alone or over the file it goes with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from smol.cli import main
+from smol.paths import project_root
+
+CONFIGS = project_root() / "configs"
+OVERLAYS = ("callbacks", "debug", "hardware", "logging", "model")
+NOT_TRAINING = ("data",)  # what src/prepare.py reads; its own test parses them
+
+
+def training_files() -> list[Path]:
+    return sorted(
+        file for file in CONFIGS.rglob("*.yaml")
+        if file.relative_to(CONFIGS).parts[0] not in NOT_TRAINING
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("file", training_files(), ids=lambda f: str(f.relative_to(CONFIGS)))
+def test_builds(file: Path, tmp_path: Path) -> None:
+    words = ["--config", str(file)]
+    parts = file.relative_to(CONFIGS).parts
+    if parts[0] in OVERLAYS or file.name == "base.yaml":
+        words = ["--config", str(CONFIGS / "stage1.yaml"), *words]
+    accelerator = yaml.safe_load(file.read_text()).get("trainer", {}).get("accelerator")
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        words += ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    cli = main(["fit", *words, "--runs_dir", str(tmp_path)], run=False)
+    assert cli.model is not None
+    assert cli.datamodule is not None
+    if parts[0] == "callbacks":
+        named = yaml.safe_load(file.read_text())["callbacks"]
+        built = {type(c).__name__ for c in cli.trainer.callbacks}
+        for entry in named.values():
+            if entry:
+                assert entry["class_path"].rpartition(".")[2] in built
