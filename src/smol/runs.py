@@ -42,8 +42,8 @@ def find_start(
 ) -> Start:
     """Decide what a command starts from.
 
-    A run that has checkpoints of its own goes on from them, whatever it began with; so the same line
-    restarts it.
+    A run that has checkpoints of its own goes on from them, whatever it began with; so the same
+    line restarts it.
 
     Args:
         run_folder: Folder of the run.
@@ -70,7 +70,9 @@ def find_start(
         return Start(checkpoint=found, reason=f"continues {continues} from {found}")
     if init_from is not None:
         folder = Path(resolve(init_from))
-        found = folder if (folder / WEIGHTS).exists() else _predecessor(run_folder.parent, init_from)
+        found = (
+            folder if (folder / WEIGHTS).exists() else _predecessor(run_folder.parent, init_from)
+        )
         return Start(weights=found, reason=f"takes its weights from {found}")
     if not training:
         raise UserError(

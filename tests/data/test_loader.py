@@ -1,5 +1,7 @@
 """The loader: interrupted equals uninterrupted, by token ids per optimiser step."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_batches_announce_the_accumulation_of_the_next_step():
     iterator = iter(make_loader(STAGES, CHUNKS, micro=64))
     seen = [next(iterator) for _ in range(100)]
     last = [batch for batch in seen if batch.micro == batch.accumulation - 1]
-    for batch, following in zip(last, last[1:], strict=False):
+    for batch, following in pairwise(last):
         assert batch.next_accumulation == following.accumulation
     assert {batch.accumulation for batch in seen} == {2, 4}
 

@@ -1,6 +1,7 @@
 """The mixture is exact, seekable and never drifts."""
 
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_any_cut_of_a_range_gives_the_same_samples(w, start, cuts):
     mixture = Mixture(w)
     edges = sorted({0, 50, *cuts})
     whole = mixture.choose(start, start + 50)
-    parts = [mixture.choose(start + a, start + b) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [mixture.choose(start + a, start + b) for a, b in pairwise(edges)]
     for i in range(2):
         assert list(whole[i]) == [x for part in parts for x in part[i]]
 

@@ -1,6 +1,7 @@
 """Each token once an epoch, under any change of context; little lost; a seeded, local order."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -111,9 +112,7 @@ def test_reading_in_pieces_equals_reading_at_once_and_epochs_differ():
 def test_neighbours_in_the_text_are_not_neighbours_in_the_order():
     order = SourceOrder("s", [SPAN * 400 + 1] * 8, SPAN, SPAN, window=4, seed=0)
     blocks = epoch_blocks(order, SPAN, 0)
-    follows = sum(
-        a[0] == b[0] and b[1] - a[1] == SPAN for a, b in zip(blocks, blocks[1:], strict=False)
-    )
+    follows = sum(a[0] == b[0] and b[1] - a[1] == SPAN for a, b in pairwise(blocks))
     assert follows < 0.01 * len(blocks)
 
 

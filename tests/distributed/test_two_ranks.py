@@ -20,13 +20,14 @@ def launch(sources, folder, **options):
     options = {"sources": sources, "folder": folder, "output": folder, "steps": STEPS} | options
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), str(tests / "data")])
+    script = Path(__file__).with_name("train_ranks.py")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("train_ranks.py")), json.dumps(options, default=str)],
+        [sys.executable, str(script), json.dumps(options, default=str)],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     for a, b in zip(*ranks, strict=True):

@@ -1,4 +1,4 @@
-"""Trains the tiny model on two gloo ranks; run as a script, once per rank, by Lightning's launcher."""
+"""Trains the tiny model on two gloo ranks; Lightning runs it as a script, once per rank."""
 
 import json
 import sys

@@ -120,7 +120,7 @@ class TestNormalisation:
             def on_train_batch_start(self, trainer, m, batch, batch_idx):
                 seen[batch.position] = (trainer.global_step, weights(m))
 
-        trainer, module, _ = train(
+        _, module, _ = train(
             tmp_path, sources, mask=hide_second, module=module, callbacks=[Watch()]
         )
         assert calls == [0, 256, 512, 768]
@@ -231,7 +231,7 @@ class TestLog:
 
     def test_what_is_logged(self, sources, tmp_path):
         logger = CSVLogger(str(tmp_path))
-        _, module, recorder = train(tmp_path, sources, 5, logger=logger)
+        recorder = train(tmp_path, sources, 5, logger=logger)[2]
         rows = logger.rows()
         for i, row in enumerate(rows):
             gradients = recorder.steps[i]["gradients"].values()
@@ -246,18 +246,18 @@ class TestLog:
         assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"])
 
     def test_validation_counts_optimiser_steps(self, sources, tmp_path):
-        class Count(Callback):
-            steps = []
+        steps = []
 
+        class Count(Callback):
             def on_validation_start(self, trainer, module):
-                self.steps.append(trainer.global_step)
+                steps.append(trainer.global_step)
 
         data = make_data(sources, micro_batch_tokens=64)
         train(
             tmp_path, sources, 8, data=data, callbacks=[Count()],
             limit_val_batches=1.0, val_check_interval=3,
         )  # fmt: skip
-        assert Count.steps == [3, 6, 8]
+        assert steps == [3, 6, 8]
 
 
 class TestBitsPerByte:

@@ -32,7 +32,9 @@ def copy_weights(decoder: nn.Module, folder: str | Path) -> None:
         stored = {name.removeprefix(PREFIX): name for name in weights.keys()}  # noqa: SIM118
         parameters = dict(decoder.named_parameters())
         for name in stored.keys() - parameters.keys():
-            raise UserError(f"{file} holds '{name}', which the model lacks.{nearest(name, parameters)}")
+            raise UserError(
+                f"{file} holds '{name}', which the model lacks.{nearest(name, parameters)}"
+            )
         for name, parameter in parameters.items():
             if name not in stored:
                 raise UserError(f"{file} lacks '{name}' of the model.{nearest(name, stored)}")

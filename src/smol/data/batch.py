@@ -47,8 +47,8 @@ class TokenBatch:
 def token_tensors(blocks: np.ndarray, eos_id: int) -> dict[str, Tensor]:
     """Inputs, targets, documents and positions of blocks of a token stream.
 
-    A document begins at the end-of-text token before it, which so serves as its begin-of-text: every
-    target, the first token of a document included, is predicted from its own document alone.
+    A document begins at the end-of-text token before it, which so serves as its begin-of-text:
+    every target, the first token of a document included, is predicted from its own document alone.
 
     Args:
         blocks: ``(rows, time + 1)``, any integer type.

@@ -1,8 +1,9 @@
 """What is trained on next, as a pure function of (seed, curriculum, position).
 
-The *position* is the number of tokens trained on so far. A *curriculum* is a list of segments; in each
-one the mixture, the context length and the global batch are constant. A position is therefore all
-there is to resume from: no iterator has a state, and workers, ranks and accumulation do not enter.
+The *position* is the number of tokens trained on so far. A *curriculum* is a list of segments; in
+each one the mixture, the context length and the global batch are constant. A position is therefore
+all there is to resume from: no iterator has a state, and workers, ranks and accumulation do not
+enter.
 
 Segments that lie behind the position are history and are kept as they were consumed. A changed
 configuration opens a new segment at the current position; a source whose context changes in
@@ -13,11 +14,12 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
 from smol.data.mixture import Mixture
-from smol.data.spans import Leg, Place, SourceOrder
+from smol.data.spans import Leg, SourceOrder
 from smol.errors import UserError
 
 
@@ -191,7 +193,7 @@ def _ordered(stages: Mapping[str, StageConfig]) -> list[tuple[str, StageConfig]]
     ordered = sorted(stages.items(), key=start)
     if start(ordered[0]) != 0:
         raise UserError(f"the first stage, '{ordered[0][0]}', starts at {start(ordered[0])}, not 0")
-    for a, b in zip(ordered, ordered[1:], strict=False):
+    for a, b in pairwise(ordered):
         if start(a) == start(b):
             raise UserError(f"stages '{a[0]}' and '{b[0]}' both start at {start(a)}")
     return ordered
@@ -359,7 +361,7 @@ def check_context(context: int, span: int, longest: int) -> None:
         )
     if context > longest:
         raise UserError(
-            f"context_length {context} exceeds longest_context {longest}, which is fixed when a run "
+            f"context_length {context} exceeds longest_context {longest}, fixed when a run "
             "begins; begin a new one from its weights with init_from"
         )
 

@@ -48,8 +48,8 @@ class Layout:
             fits = -(-sequences // per_pass) * per_pass * segment.context
             raise UserError(
                 f"stage '{segment.stage}': a global batch of {segment.global_batch} tokens is "
-                f"{sequences} sequences of {segment.context}, not a multiple of {self.rows(segment)} "
-                f"(micro_batch_tokens {self.micro_batch_tokens}) x {self.ranks} (data-parallel "
+                f"{sequences} sequences of {segment.context}, not a multiple of "
+                f"{self.rows(segment)} (micro_batch_tokens {self.micro_batch_tokens}) x {self.ranks} (data-parallel "
                 f"processes); use --data.global_batch_tokens {fits} or another micro_batch_tokens"
             )
         return sequences // per_pass

@@ -37,7 +37,7 @@ class _Node:
         return (2 * k * self.left_weight + self.total_weight) // (2 * self.total_weight)
 
     def left_choices(self, start: int, stop: int) -> np.ndarray:
-        """For each local sample in ``[start, stop)``: does it go left? Shape ``(stop - start,)``."""
+        """Whether each local sample in ``[start, stop)`` goes left. Shape ``(stop - start,)``."""
         twice_total = 2 * self.total_weight
         # Rebasing at ``start`` keeps the numbers small enough for machine integers.
         remainder = (2 * start * self.left_weight + self.total_weight) % twice_total

@@ -297,8 +297,8 @@ class Pretraining(LightningDataModule):
             for name, digest in segment.digests.items():
                 if digests.get(name, digest) != digest and not self.allow_changed_data:
                     raise UserError(
-                        f"source '{name}' has changed since stage '{segment.stage}' read it (digest "
-                        f"{digest[:12]}…, now {digests[name][:12]}…); restore it, or pass "
+                        f"source '{name}' has changed since stage '{segment.stage}' read it "
+                        f"(digest {digest[:12]}…, now {digests[name][:12]}…); restore it, or pass "
                         "--data.allow_changed_data true"
                     )
 

@@ -2,8 +2,8 @@
 
 A chunk of ``N`` tokens is ``(N - 1) // span`` *spans* of ``span`` tokens (the last token of each
 block is only a target, so neighbouring blocks share one token). A *block* of context ``T`` is
-``T / span`` neighbouring spans, aligned like a binary buddy allocator's: contexts are the span times
-powers of two, up to the *longest* one, whose blocks are called superblocks.
+``T / span`` neighbouring spans, aligned like a binary buddy allocator's: contexts are the span
+times powers of two, up to the *longest* one, whose blocks are called superblocks.
 
 The order is seeded per epoch. Chunks are permuted and taken in windows of a few, so that an object
 store sees few chunks at a time; within a window the blocks of its chunks are interleaved at random,
@@ -11,9 +11,9 @@ and each chunk hands out its superblocks in random order, each of them block by 
 context in mid-epoch keeps what was read: what is left of a superblock stays in the chunk as free
 pieces, and a shorter context takes those first, smallest piece that fits (best fit).
 
-Hence at most one free piece of each size below a superblock exists in a chunk at any time: a piece is
-split only when none of the smaller sizes that fit exists, and the split leaves one of each. The tail
-of a chunk starts out so, too. The free pieces of a chunk are then always shorter together than one
+Hence at most one free piece of each size below a superblock exists in a chunk at any time: a piece
+is split only when none of the smaller sizes that fit exists, and the split leaves one of each. The
+tail of a chunk starts out so, too. The free pieces of a chunk are then always shorter together than one
 superblock: no more than one longest block per chunk is lost, whatever the contexts were.
 """
 

@@ -12,7 +12,7 @@ from smol.data.tokenizer import Tokenizer
 
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor:
-    """UTF-8 bytes that each token adds to a text; 0 for special tokens. Shape ``(vocab,)``, int64."""
+    """UTF-8 bytes each token adds to a text; 0 for special tokens. Shape ``(vocab,)``, int64."""
     backend = tokenizer.backend
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}

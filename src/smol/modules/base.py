@@ -29,8 +29,8 @@ from smol.parallel.fsdp import shard_decoder
 class DecoderModule(LightningModule):
     """A decoder under training. Subclasses say what the loss of a batch is.
 
-    The learning rate, like every other hyper-parameter of the optimiser, is a function of the current
-    configuration and of the step; a checkpoint restores moments and step counts only.
+    The learning rate, like every other hyper-parameter of the optimiser, is a function of the
+    current configuration and of the step; a checkpoint restores moments and step counts only.
 
     Args:
         decoder: Shape and features of the model.
@@ -121,8 +121,8 @@ class DecoderModule(LightningModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Forward one micro-batch.
 
-        The loss of the global batch is its sum over trained tokens divided by their number, wherever
-        they lie. That number, or an upper bound of it, is a constant known in advance.
+        The loss of the global batch is its sum over trained tokens divided by their number,
+        wherever they lie. That number, or an upper bound of it, is a constant known in advance.
         """
         objective, sums = self.objective(batch)
         if batch.micro == 0:
@@ -178,7 +178,7 @@ class DecoderModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm, whether parameters are whole or sharded, and keep it for the log."""
+        """Clip the global norm, parameters being whole or sharded, and keep it for the log."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._grad_norm = clip_gradients(parameters, gradient_clip_val)
 

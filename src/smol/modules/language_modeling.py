@@ -49,8 +49,8 @@ class LanguageModeling(DecoderModule):
         if size > rows:
             padded = math.ceil(size / 128) * 128
             raise UserError(
-                f"the tokenizer {data.tokenizer_path} has {size} tokens, the model only {rows} rows; "
-                f"use --model.decoder.vocab_size {padded}"
+                f"the tokenizer {data.tokenizer_path} has {size} tokens, the model only {rows} "
+                f"rows; use --model.decoder.vocab_size {padded}"
             )
         self.bits_per_byte = BitsPerByte(data.source_names, data.tokenizer)
 
