@@ -49,8 +49,9 @@ class Layout:
             raise UserError(
                 f"stage '{segment.stage}': a global batch of {segment.global_batch} tokens is "
                 f"{sequences} sequences of {segment.context}, not a multiple of "
-                f"{self.rows(segment)} (micro_batch_tokens {self.micro_batch_tokens}) x {self.ranks} (data-parallel "
-                f"processes); use --data.global_batch_tokens {fits} or another micro_batch_tokens"
+                f"{self.rows(segment)} (micro_batch_tokens {self.micro_batch_tokens}) x "
+                f"{self.ranks} (data-parallel processes); use --data.global_batch_tokens {fits} "
+                "or another micro_batch_tokens"
             )
         return sequences // per_pass
 

@@ -13,8 +13,8 @@ pieces, and a shorter context takes those first, smallest piece that fits (best 
 
 Hence at most one free piece of each size below a superblock exists in a chunk at any time: a piece
 is split only when none of the smaller sizes that fit exists, and the split leaves one of each. The
-tail of a chunk starts out so, too. The free pieces of a chunk are then always shorter together than one
-superblock: no more than one longest block per chunk is lost, whatever the contexts were.
+tail of a chunk starts out so, too. The free pieces of a chunk are then always shorter together than
+one superblock: no more than one longest block per chunk is lost, whatever the contexts were.
 """
 
 from collections.abc import Sequence
