@@ -307,12 +307,11 @@ def test_real_smollm2(tmp_path):
         folder, gguf_file=file.name, dtype=torch.float32
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    text = "The three primary colours are red, yellow and blue. Mix two of them and you get"
+    text = "The capital of France is Paris. The capital of Italy is"
     tokens = tokenizer(text, return_tensors="pt")["input_ids"]
     logits = decoder(tokens)
     for reference in (original, exported):
         difference = (reference(tokens).logits - logits).abs().max().item()
         print(f"max difference of logits {difference:.2e}")
         assert difference < 1e-4
-    likelihoods = logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:].unsqueeze(1))
-    assert likelihoods.mean() > -3  # it knows English
+    assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Rome"

@@ -52,7 +52,7 @@ def test_std_may_be_overridden():
     decoder = fresh()
     init_weights(decoder, std=0.01, seed=0)
     check_initialization(decoder, std=0.01)
-    with pytest.raises(UserError, match="standard deviation 0.01"):
+    with pytest.raises(UserError, match=r"standard deviation 0\.01"):
         check_initialization(decoder)
 
 

@@ -1,0 +1,61 @@
+"""Import a Hugging Face folder or a GGUF file as a decoder folder, or export one.
+
+python src/convert.py import FOLDER|FILE.gguf OUT
+python src/convert.py export FOLDER OUT [--tokenizer FOLDER] [--dtype bfloat16]
+"""
+
+import argparse
+import sys
+
+from smol.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Convert between decoder folders and Hugging Face."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    importing = commands.add_parser("import", help="Hugging Face folder or GGUF file to decoder")
+    importing.add_argument("source", help="folder with config.json, or a .gguf file")
+    importing.add_argument("out", help="decoder folder to write")
+    exporting = commands.add_parser("export", help="decoder folder to Hugging Face folder")
+    exporting.add_argument("source", help="folder with decoder.json and model.safetensors")
+    exporting.add_argument("out", help="new Hugging Face folder")
+    exporting.add_argument("--tokenizer", help="folder with the tokenizer to copy along")
+    exporting.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        (_import if args.command == "import" else _export)(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> None:
+    from smol.checkpoints.huggingface import load_gguf, load_huggingface
+    from smol.model.io import save_decoder
+
+    load = load_gguf if args.source.endswith(".gguf") else load_huggingface
+    save_decoder(args.out, *load(args.source))
+
+
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from smol.checkpoints.huggingface import export_huggingface
+    from smol.model.io import load_decoder
+
+    decoder = load_decoder(args.source)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    export_huggingface(
+        decoder.config, decoder.rope, decoder.state_dict(), args.out, args.tokenizer, dtype
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""A decoder as a folder: ``decoder.json`` describes it, ``model.safetensors`` holds its weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smol.errors import UserError
+from smol.model.config import DecoderConfig, RopeConfig
+from smol.model.decoder import Decoder
+
+DESCRIPTION = "decoder.json"
+WEIGHTS = "model.safetensors"
+
+
+def save_decoder(
+    folder: str | Path, config: DecoderConfig, rope: RopeConfig, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Write a decoder folder.
+
+    Args:
+        folder: Created where missing; its files of the same names are replaced.
+        config: Shape and features.
+        rope: Rotary embedding in use.
+        state_dict: Whole tensors (not sharded) under the names of :class:`Decoder`.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
+    temporary = folder / f".{WEIGHTS}.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / WEIGHTS)
+    description = {"decoder": asdict(config), "rope": asdict(rope)}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_description(folder: str | Path) -> tuple[DecoderConfig, RopeConfig]:
+    """Read what a decoder folder describes, without its weights.
+
+    Raises:
+        UserError: If ``folder`` holds no ``decoder.json``, or one that does not parse.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise UserError(
+            f"no decoder in {folder}: {DESCRIPTION} is missing; "
+            "a Hugging Face folder is imported with python src/convert.py import FOLDER OUT."
+        )
+    try:
+        description = json.loads(path.read_text())
+        return DecoderConfig(**description["decoder"]), RopeConfig(**description["rope"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not describe a decoder: {error}.") from error
+
+
+def load_decoder(
+    folder: str | Path, device: str | torch.device = "cpu", attention: str = "sdpa"
+) -> Decoder:
+    """Build the decoder that a folder holds, in the dtype of its weights.
+
+    Args:
+        folder: Written by :func:`save_decoder`.
+        device: Where to put it.
+        attention: Name of the attention backend.
+
+    Raises:
+        UserError: If the folder is incomplete or its weights do not fit its description.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config, rope = read_description(folder)
+    path = Path(folder) / WEIGHTS
+    try:
+        state_dict = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the weights {path}: {error}.") from error
+    return assemble_decoder(config, rope, state_dict, device, attention)
+
+
+def assemble_decoder(
+    config: DecoderConfig,
+    rope: RopeConfig,
+    state_dict: Mapping[str, Tensor],
+    device: str | torch.device = "cpu",
+    attention: str = "sdpa",
+) -> Decoder:
+    """Build a decoder around given weights, without copying them.
+
+    Args:
+        config: Shape and features.
+        rope: Rotary embedding.
+        state_dict: One tensor per parameter, on ``device``.
+        device: Where buffers are put.
+        attention: Name of the attention backend.
+
+    Raises:
+        UserError: If a weight is missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config, rope, attention)
+    expected = decoder.state_dict()
+    for name in sorted(expected.keys() | state_dict.keys()):
+        if name not in state_dict:
+            raise UserError(f"the weights lack {name}, which the described decoder has.")
+        if name not in expected:
+            raise UserError(f"the weights hold {name}, which the described decoder does not have.")
+        if state_dict[name].shape != expected[name].shape:
+            raise UserError(
+                f"weight {name} has shape {tuple(state_dict[name].shape)}; the described decoder "
+                f"expects {tuple(expected[name].shape)}."
+            )
+    decoder.load_state_dict(state_dict, assign=True)
+    decoder.rotary.to_empty(device=device)
+    return decoder

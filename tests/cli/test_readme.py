@@ -1,0 +1,83 @@
+"""The commands of the README, word for word (all but ``make test``), each made short."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smol.paths import project_root
+
+ROOT = project_root()
+SHORT = "--trainer.max_steps 2 --trainer.limit_val_batches 1 --trainer.log_every_n_steps 1"
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and line != "make test"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project root of its own: the repository, with data and runs that end with the test."""
+    home = tmp_path_factory.mktemp("readme")
+    for name in ("configs", "src", "callbacks", "docs", "README.md", "Makefile"):
+        (home / name).symlink_to(ROOT / name)
+    return home
+
+
+def run(line: str, home: Path) -> str:
+    if line == "make train":
+        # Its set-up is what this environment has; what it trains with is the next line.
+        shown = subprocess.run(
+            ["make", "-n", "train", f"VENV={sys.prefix}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert shown.returncode == 0, shown.stderr
+        line = "python " + shown.stdout.strip().splitlines()[-1].split("python ")[-1]
+    words = shlex.split(line)
+    assert words[0] == "python"
+    if words[1] == "src/train.py" and words[2] == "fit" and "--print_config" not in words:
+        words += shlex.split(SHORT)
+    if "HUGGINGFACE_FOLDER" in words:
+        words[words.index("HUGGINGFACE_FOLDER")] = str(tiny_huggingface_folder(home))
+    done = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=home,
+        env=os.environ | {"SMOL_ROOT": str(home), "SMOL_TRACEBACK": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def tiny_huggingface_folder(home: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(home / "llama")
+    return home / "llama"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_command_runs(home: Path) -> None:
+    lines = commands()
+    assert lines[0] == "make train"
+    assert len(lines) > 8
+    outputs = {line: run(line, home) for line in lines}
+    trained = outputs["make train"]
+    for promised in ("held-out bits per byte", "the model writes", "plot", "run folder", "next"):
+        assert promised in trained
+    assert (home / "runs/stage1/training.png").stat().st_size > 10_000
