@@ -77,19 +77,17 @@ class CSVLogger(Logger):
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Forget the rows after ``step``."""
-        rows = self.rows()
-        kept = [row for row in rows if int(row["step"]) <= step]
-        if len(kept) < len(rows):
-            self._write_all(kept)
+        if self.path.exists():
+            self._write_all([row for row in self.rows() if int(row["step"]) <= step])
         self._last = {}
 
     def rows(self) -> list[dict[str, str]]:
         """All rows, as text by column."""
         if not self.path.exists():
             return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            # A last line without an end was cut off by a crash.
-            return [r for r in csv.DictReader(file) if r["step"] and None not in r.values()]
+        # What follows the last end of a line was cut off by a crash.
+        whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
+        return list(csv.DictReader(whole.splitlines()))
 
     def _take_over(self) -> None:
         with open(self.path, newline="", encoding="utf-8") as file:
@@ -123,19 +121,18 @@ class WandbLogger(LightningWandbLogger):
         folder = Path(resolve(save_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self._state = folder / "wandb_run.txt"
-        run_id, self._sent = kwargs.pop("id", None), -1
+        run_id, self._sent_before = kwargs.pop("id", None), -1
         if self._state.exists():
             run_id, sent = self._state.read_text().split()
-            self._sent = int(sent)
+            self._sent_before = int(sent)
         super().__init__(save_dir=str(folder), id=run_id, resume="allow", **kwargs)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if step is not None and step < self._sent:
+        if step is not None and step <= self._sent_before:
             return
         super().log_metrics(metrics, step)
         if step is not None:
-            self._sent = step
             self._state.write_text(f"{self.experiment.id} {step}\n")
 
 

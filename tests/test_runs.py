@@ -1,0 +1,74 @@
+"""Where a run starts from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from smol.checkpoints.format import write_checkpoint
+from smol.checkpoints.store import FsspecStore
+from smol.errors import UserError
+from smol.runs import find_start
+
+
+def save(run: Path, step: int) -> Path:
+    store = FsspecStore(run / "checkpoints")
+    checkpoint = {"state_dict": {"decoder.w": torch.full((2,), float(step))}, "global_step": step}
+    info = store.save(step, lambda folder: write_checkpoint(folder, checkpoint), {})
+    return store.load_path(info)
+
+
+def test_nothing_there_starts_from_scratch(tmp_path):
+    start = find_start(tmp_path / "stage1")
+    assert start.checkpoint is None
+    assert start.weights is None
+
+
+def test_a_run_goes_on_from_its_own_newest_checkpoint_whatever_it_began_with(tmp_path):
+    save(tmp_path / "stage1", 100)
+    save(tmp_path / "stage2", 120)
+    newest = save(tmp_path / "stage2", 150)
+    start = find_start(tmp_path / "stage2", continues="stage1")
+    assert start.checkpoint == newest
+    assert str(newest) in start.reason
+    assert find_start(tmp_path / "stage2", "scratch", continues="stage1").checkpoint is None
+
+
+def test_continues_takes_all_and_init_from_takes_weights(tmp_path):
+    newest = save(tmp_path / "stage1", 100)
+    assert find_start(tmp_path / "stage2", continues="stage1").checkpoint == newest
+    start = find_start(tmp_path / "stage2", init_from="stage1")
+    assert start.weights == newest
+    assert start.checkpoint is None
+    assert find_start(tmp_path / "stage2", init_from=str(newest)).weights == newest
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
+    older = save(tmp_path / "stage1", 100)
+    newer = save(tmp_path / "stage1", 200)
+    data = bytearray((newer / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newer / "model.safetensors").write_bytes(data)
+    assert find_start(tmp_path / "stage1").checkpoint == older
+
+
+@pytest.mark.parametrize("how", ["continues", "init_from"])
+def test_a_missing_predecessor_is_one_line_with_the_command_that_makes_it(tmp_path, how):
+    with pytest.raises(UserError) as error:
+        find_start(tmp_path / "stage2", **{how: "stage1"})
+    assert "'stage1' has no checkpoint" in str(error.value)
+    assert "python src/train.py fit --config configs/stage1.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_predecessor_is_named(tmp_path):
+    save(tmp_path / "stage1", 1)
+    with pytest.raises(UserError, match="Did you mean 'stage1'"):
+        find_start(tmp_path / "stage2", continues="stagel")
+
+
+def test_what_does_not_train_needs_something_to_start_from(tmp_path):
+    with pytest.raises(UserError, match="'stage1' has no checkpoint.*train it first"):
+        find_start(tmp_path / "stage1", training=False)
+    with pytest.raises(UserError, match="is not there"):
+        find_start(tmp_path / "stage1", tmp_path / "nowhere")
