@@ -4,5 +4,6 @@ from callbacks.checkpoint import Checkpoint
 from callbacks.progress_line import ProgressLine
 from callbacks.run_report import RunReport
 from callbacks.sample_text import SampleText
+from callbacks.write_predictions import WritePredictions
 
-__all__ = ["Checkpoint", "ProgressLine", "RunReport", "SampleText"]
+__all__ = ["Checkpoint", "ProgressLine", "RunReport", "SampleText", "WritePredictions"]

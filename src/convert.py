@@ -1,7 +1,7 @@
-"""Import a Hugging Face folder or a GGUF file as a decoder folder, or export one.
+"""Import a Hugging Face folder or a GGUF file as a decoder folder, or export a run.
 
 python src/convert.py import FOLDER|FILE.gguf OUT
-python src/convert.py export FOLDER OUT [--tokenizer FOLDER] [--dtype bfloat16]
+python src/convert.py export RUN|CHECKPOINT|FOLDER OUT [--tokenizer FOLDER] [--dtype bfloat16]
 """
 
 import argparse
@@ -19,10 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     importing = commands.add_parser("import", help="Hugging Face folder or GGUF file to decoder")
     importing.add_argument("source", help="folder with config.json, or a .gguf file")
     importing.add_argument("out", help="decoder folder to write")
-    exporting = commands.add_parser("export", help="decoder folder to Hugging Face folder")
-    exporting.add_argument("source", help="folder with decoder.json and model.safetensors")
+    exporting = commands.add_parser("export", help="run or decoder to Hugging Face folder")
+    exporting.add_argument("source", help="run folder, checkpoint or decoder folder")
     exporting.add_argument("out", help="new Hugging Face folder")
-    exporting.add_argument("--tokenizer", help="folder with the tokenizer to copy along")
+    exporting.add_argument(
+        "--tokenizer", help="folder of the tokenizer to copy along; a run knows its own"
+    )
     exporting.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights"
     )
@@ -49,11 +51,13 @@ def _export(args: argparse.Namespace) -> None:
 
     from smol.checkpoints.huggingface import export_huggingface
     from smol.model.io import load_decoder
+    from smol.runs import decoder_folder, tokenizer_of
 
-    decoder = load_decoder(args.source)
+    decoder = load_decoder(decoder_folder(args.source))
+    tokenizer = args.tokenizer or tokenizer_of(args.source)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     export_huggingface(
-        decoder.config, decoder.rope, decoder.state_dict(), args.out, args.tokenizer, dtype
+        decoder.config, decoder.rope, decoder.state_dict(), args.out, tokenizer, dtype
     )
 
 

@@ -98,3 +98,36 @@ def _command(name: str) -> str:
     config = next(project_root().glob(f"configs/**/{name}.yaml"), None)
     shown = config.relative_to(project_root()) if config else f"{name}.yaml"
     return f"python src/train.py fit --config {shown}"
+
+
+def decoder_folder(path: str | Path) -> Path:
+    """The decoder folder that a path stands for: itself, or the newest checkpoint of a run.
+
+    Args:
+        path: A run's folder, a checkpoint, or a decoder folder.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    folder = Path(path)
+    if (folder / WEIGHTS).is_file():
+        return folder
+    found = newest_checkpoint(folder)
+    if found is None:
+        raise UserError(
+            f"{path} is neither a decoder folder nor a run with a checkpoint; a run is made by "
+            "src/train.py fit, a Hugging Face folder imported by src/convert.py import"
+        )
+    return found
+
+
+def tokenizer_of(run_folder: str | Path) -> Path | None:
+    """The tokenizer that a run was trained with; ``None`` where its configuration is not there."""
+    import yaml
+
+    config = Path(run_folder, "config.yaml")
+    if not config.is_file():
+        return None
+    data = yaml.safe_load(config.read_text(encoding="utf-8")).get("data") or {}
+    tokenizer = data.get("init_args", {}).get("tokenizer")
+    return None if tokenizer is None else Path(resolve(tokenizer))

@@ -7,9 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from smol.errors import UserError, nearest
-from smol.model.io import WEIGHTS
-
-PREFIX = "decoder."  # of a LightningModule's parameters, in its checkpoints
+from smol.model.io import MODULE_PREFIX, WEIGHTS
 
 
 @torch.no_grad()
@@ -29,7 +27,7 @@ def copy_weights(decoder: nn.Module, folder: str | Path) -> None:
     if not file.is_file():
         raise UserError(f"{folder} holds no {WEIGHTS}; expected a checkpoint or a decoder folder")
     with safe_open(file, framework="pt") as weights:
-        stored = {name.removeprefix(PREFIX): name for name in weights.keys()}  # noqa: SIM118
+        stored = {name.removeprefix(MODULE_PREFIX): name for name in weights.keys()}  # noqa: SIM118
         parameters = dict(decoder.named_parameters())
         for name in stored.keys() - parameters.keys():
             raise UserError(

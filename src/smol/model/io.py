@@ -14,6 +14,7 @@ from smol.model.decoder import Decoder
 
 DESCRIPTION = "decoder.json"
 WEIGHTS = "model.safetensors"
+MODULE_PREFIX = "decoder."  # of the weights in a training checkpoint, which is a decoder folder too
 
 
 def save_decoder(
@@ -77,7 +78,10 @@ def load_decoder(
     config, rope = read_description(folder)
     path = Path(folder) / WEIGHTS
     try:
-        state_dict = load_file(path, device=str(device))
+        state_dict = {
+            name.removeprefix(MODULE_PREFIX): tensor
+            for name, tensor in load_file(path, device=str(device)).items()
+        }
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the weights {path}: {error}.") from error
     return assemble_decoder(config, rope, state_dict, device, attention)
