@@ -52,7 +52,7 @@ class Checkpoint(Callback):
     def _save(self, trainer: Trainer) -> None:
         root = Path(trainer.default_root_dir, self.folder)
         root.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(root / new_key(trainer.global_step))
+        trainer.save_checkpoint(root / new_key(trainer.global_step), weights_only=False)
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             self._rotate(FsspecStore(root), trainer.ckpt_path)

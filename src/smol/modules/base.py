@@ -88,7 +88,11 @@ class DecoderModule(LightningModule):
         """Build the decoder, sharded when the strategy says so, and give it its first weights."""
         if self.decoder is not None:
             return
-        mesh = self.device_mesh
+        device, mesh = self.trainer.strategy.root_device, self.device_mesh
+        if device.type == "cpu":
+            # Trained weights make many numbers of 1e-38 and less, each of which costs a processor a
+            # hundred times the usual. Threads inherit this, so it comes before the first product.
+            torch.set_flush_denormal(True)
         with torch.device("meta"):
             decoder = Decoder(self.decoder_config, self.rope_config, self.attention)
         if self.compile_blocks:
@@ -96,7 +100,7 @@ class DecoderModule(LightningModule):
                 layer.compile()
         if mesh is not None:
             shard_decoder(decoder, mesh["data_parallel"])
-        decoder.to_empty(device=self.trainer.strategy.root_device)
+        decoder.to_empty(device=device)
         init_weights(decoder, seed=self.init_seed)
         if self.initial_weights is None:
             check_initialization(decoder)
