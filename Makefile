@@ -34,7 +34,7 @@ $(VENV)/.torch:
 		|| $(PIP) install $(TORCH) --index-url $(CPU) 2> /dev/null \
 		|| $(PIP) install $(TORCH); \
 	fi
-	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
+	@$(BIN)/python -W ignore -c 'import torch; print("torch", torch.__version__)'
 	@touch $@
 
 # Exact versions without dependencies: nothing is resolved, and nothing asks for torchvision.

@@ -1,6 +1,8 @@
 """LightningCLI over layered configurations, with callbacks by name and a folder per run."""
 
+import logging
 import os
+import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +52,7 @@ class SmolCLI(LightningCLI):
         self.line = line
         self.run = run
         self._failure: Exception | None = None
+        _quieten()
         super().__init__(
             pl.LightningModule,
             save_config_callback=None,  # see WriteConfig
@@ -209,6 +212,14 @@ class WriteConfig(pl.Callback):
             file.rename(folder / f"config.{max(used, default=0) + 1}.yaml")
         _write(file, text)
         _write(folder / "config.source.yaml", dump_yaml(self.cli.source.values))
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says of other products and of its own internals."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    talk = ("💡", "TPU available", "`Trainer.fit` stopped")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.msg.startswith(talk))
 
 
 @contextmanager
