@@ -9,6 +9,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is not a failed test. In CI the examples are the same each time.
+settings.register_profile(
+    "smol",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
+settings.load_profile("smol")
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,10 @@ def run(line: str, home: Path) -> str:
     if line == "make train":
         # Its set-up is what this environment has; what it trains with is the next line.
         shown = subprocess.run(
-            ["make", "-n", "train", f"VENV={sys.prefix}"], cwd=ROOT, capture_output=True, text=True
+            ["make", "--no-print-directory", "-n", "train", f"VENV={sys.prefix}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         assert shown.returncode == 0, shown.stderr
         line = "python " + shown.stdout.strip().splitlines()[-1].split("python ")[-1]
