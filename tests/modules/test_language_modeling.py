@@ -288,7 +288,8 @@ class TestBitsPerByte:
         from smol.data.pretraining import _HeldOut
         from smol.data.streams import TokenStream
 
-        streams = [TokenStream(sources / name, "held_out") for name in ("cats", "dogs")]
+        names = ("cats", "dogs")
+        streams = {i: TokenStream(sources / n, "held_out") for i, n in enumerate(names)}
 
         def rows(ranks):
             seen = []

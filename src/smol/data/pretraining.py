@@ -246,10 +246,18 @@ class Pretraining(LightningDataModule):
     predict_dataloader = val_dataloader
 
     def _held_out(self, limit: int | None) -> DataLoader:
-        streams = [
-            TokenStream(self._streams[name].path, "held_out", self.cache, self.verify)
-            for name in self.source_names
-        ]
+        streams = {}
+        for i, name in enumerate(self.source_names):
+            train = self._streams[name]
+            longest = max((chunk.tokens for chunk in train.card.chunks["held_out"]), default=0)
+            if longest > self.context_length:
+                streams[i] = TokenStream(train.path, "held_out", self.cache, self.verify)
+            else:
+                rank_zero_warn(
+                    f"source '{name}' is not evaluated: its longest held-out chunk has {longest} "
+                    f"tokens, a sequence {self.context_length}; prepare it with --held_out 0.1",
+                    category=UserWarning,
+                )
         dataset = _HeldOut(
             streams, self.tokenizer.eos_id, self.context_length, self._layout(), limit
         )
@@ -312,7 +320,7 @@ class _HeldOut(Dataset):
 
     def __init__(
         self,
-        streams: list[TokenStream],
+        streams: dict[int, TokenStream],
         eos_id: int,
         context: int,
         layout: Layout,
@@ -321,7 +329,7 @@ class _HeldOut(Dataset):
         self.streams, self.eos_id, self.context, self.layout = streams, eos_id, context, layout
         blocks = [
             (source, chunk, start)
-            for source, stream in enumerate(streams)
+            for source, stream in streams.items()
             for chunk, start in _first_blocks(stream, context, limit)
         ]
         rows = max(1, layout.micro_batch_tokens // context)
@@ -347,19 +355,10 @@ class _HeldOut(Dataset):
 
 
 def _first_blocks(stream: TokenStream, context: int, limit: int | None) -> list[tuple[int, int]]:
-    """Chunk and first token of the blocks of a stream, up to ``limit`` tokens.
-
-    Raises:
-        UserError: no chunk holds a block.
-    """
+    """Chunk and first token of the blocks of a stream, up to ``limit`` tokens."""
     blocks = [
         (chunk, start)
         for chunk, tokens in enumerate(stream.chunk_tokens)
         for start in range(0, tokens - context, context)
     ]
-    if not blocks:
-        raise UserError(
-            f"the held-out text of {stream.path} holds no block of {context} tokens (its longest "
-            f"chunk has {max(stream.chunk_tokens)}); prepare it with a larger held-out share"
-        )
     return blocks if limit is None else blocks[: max(1, limit // context)]
