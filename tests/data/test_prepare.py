@@ -1,79 +1,37 @@
 """Token streams: the same whatever the workers, the interruptions and the reader."""
 
-import gzip
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepare_parts import (
+    ROOT,
+    SMALL,
+    all_texts,
+    contents,
+    make_texts,
+    read_back,
+    texts,  # noqa: F401
+    tokenizer,  # noqa: F401
+    write_jsonl,
+)
 
 from smol.data.card import read_card, verify
 from smol.data.chunks import ChunkWriter
-from smol.data.documents import Files, Piece, Shard, even_ranges, pack
-from smol.data.hub import HubDataset
+from smol.data.documents import Files, Piece, Shard
 from smol.data.prepare import PrepareSettings, prepare, sample_texts
-from smol.data.tokenizer import load_tokenizer, train_tokenizer
+from smol.data.tokenizer import load_tokenizer
 from smol.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-WORDS = ["the", "river", "ran", "over", "dark", "stones", "while", "a", "small", "7", "ünder"]
-SMALL = PrepareSettings(held_out=0.1, chunk_tokens=3000)
-
-
-def make_texts(count: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [
-        f"Document {i}. " + " ".join(rng.choices(WORDS, k=rng.randint(5, 120)))
-        for i in range(count)
-    ]
-
-
-def write_jsonl(path: Path, texts: list[str], opener=open, field: str = "text") -> Path:
-    with opener(path, "wt", encoding="utf-8") as stream:
-        for i, text in enumerate(texts):
-            stream.write(json.dumps({"id": i, field: text}) + "\n")
-    return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def read_back(folder: Path, split: str, tokenizer) -> list[str]:
-    """Read the documents with numpy alone: header, ids, one end-of-text id per document."""
-    card = json.loads((folder / "card.json").read_text())
-    documents = []
-    for chunk in card["chunks"][split]:
-        data = (folder / split / chunk["file"]).read_bytes()
-        assert list(np.frombuffer(data[:12], "<u4")) == [1, 12, len(data)]
-        ids = np.frombuffer(data[12:], {"uint16": "<u2", "int32": "<i4"}[card["dtype"]])
-        assert ids[-1] == tokenizer.eos_id, "a chunk ends where a document ends"
-        ends = np.flatnonzero(ids == tokenizer.eos_id)
-        documents += [tokenizer.decode(part[part != 0]) for part in np.split(ids, ends)[:-1]]
-    return documents
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    return make_texts(600)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory, texts) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(texts, folder, 512)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -234,36 +192,6 @@ def test_a_killed_worker_is_one_line(tmp_path, tokenizer):
         prepare(Deadly(), tmp_path / "out", tokenizer, workers=1, log=lambda line: None)
 
 
-def all_texts(source) -> list[str]:
-    return [text for shard in source.shards() for text in shard]
-
-
-def test_formats_hold_the_same_documents(tmp_path, texts):
-    import pyarrow
-    import pyarrow.parquet
-
-    write_jsonl(tmp_path / "a.jsonl", texts)
-    write_jsonl(tmp_path / "b.jsonl.gz", texts, gzip.open)
-    with pyarrow.CompressedOutputStream(str(tmp_path / "c.jsonl.zst"), "zstd") as stream:
-        stream.write((tmp_path / "a.jsonl").read_bytes())
-    table = pyarrow.table({"n": list(range(len(texts))), "text": texts})
-    pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=100)
-    (tmp_path / "e.txt").write_text("\n<|end|>\n".join(texts), encoding="utf-8")
-    many = tmp_path / "many"
-    many.mkdir()
-    for i, text in enumerate(texts):
-        (many / f"{i:04d}.txt").write_text(text, encoding="utf-8")
-    small = {"shard_bytes": 40_000}
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
-        assert all_texts(Files((str(tmp_path / name),), **small)) == texts, name
-    assert all_texts(Files((str(tmp_path / "e.txt"),), separator="<|end|>")) == texts
-    assert all_texts(Files((str(many / "*.txt"),), **small)) == texts
-    assert all_texts(Files((str(many),), **small)) == texts
-    assert all_texts(Files((f"file://{tmp_path}/a.jsonl",), **small)) == texts
-    assert len(Files((str(tmp_path / "d.parquet"),), **small).shards()) > 1
-    assert len(Files((str(many),), **small).shards()) < 10
-
-
 def test_memory_url(tmp_path, texts, tokenizer, prepared):
     import fsspec
 
@@ -275,22 +203,6 @@ def test_memory_url(tmp_path, texts, tokenizer, prepared):
     )  # fmt: skip
     assert card.documents == read_card(prepared).documents
     assert card.bytes == read_card(prepared).bytes
-
-
-def test_hub_datasets(tmp_path, texts, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    datasets = pytest.importorskip("datasets")
-    (tmp_path / "files").mkdir()
-    write_jsonl(tmp_path / "files" / "train.jsonl", texts)
-    assert sorted(all_texts(HubDataset(str(tmp_path / "files")))) == sorted(texts)
-    datasets.Dataset.from_dict({"body": texts}).save_to_disk(tmp_path / "saved")
-    saved = HubDataset(str(tmp_path / "saved"), field="body", shard_bytes=20_000)
-    assert len(saved.shards()) > 2
-    assert all_texts(saved) == texts
-    with pytest.raises(UserError, match=r"no field 'bdy'.*Did you mean 'body'"):
-        HubDataset(str(tmp_path / "saved"), field="bdy").shards()
-    with pytest.raises(UserError, match="cannot be loaded"):
-        HubDataset(str(tmp_path / "nowhere")).shards()
 
 
 def test_unusual_texts_survive(tmp_path, tokenizer):
@@ -395,16 +307,6 @@ def test_card_and_chunks_are_checked(tmp_path, texts, tokenizer):
         read_card(out)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40), min_size=1),
-    shard_bytes=st.integers(1, 300),
-)
-def test_cuts_of_a_jsonl_file_lose_and_repeat_nothing(tmp_path_factory, texts, shard_bytes):
-    path = write_jsonl(tmp_path_factory.mktemp("cut") / "in.jsonl", texts)
-    assert all_texts(Files((str(path),), shard_bytes=shard_bytes)) == texts
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80),
@@ -427,23 +329,6 @@ def test_chunks_hold_whole_documents(tmp_path_factory, lengths, chunk_tokens, sh
         seen += [document.tolist() for document in documents]
     expected = [[n + 1] * (length - 1) + [0] for n, length in enumerate(lengths)]
     assert (sorted(seen) if shuffle else seen) == (sorted(expected) if shuffle else expected)
-
-
-@given(sizes=st.lists(st.integers(0, 50)), limit=st.integers(1, 60))
-def test_pack_keeps_order_and_size(sizes, limit):
-    pieces = [Piece(str(i), size) for i, size in enumerate(sizes)]
-    shards = pack(pieces, limit, iter)
-    assert [piece for shard in shards for piece in shard.pieces] == pieces
-    assert all(shard.size <= 2 * limit + max(sizes) for shard in shards)
-
-
-@given(total=st.integers(0, 10**6), parts=st.floats(0, 50))
-def test_even_ranges_cover(total, parts):
-    ranges = list(even_ranges(total, parts))
-    assert [ranges[0][0], ranges[-1][1]] == [0, total]
-    assert all(a[1] == b[0] for a, b in pairwise(ranges))
-    lengths = [stop - start for start, stop in ranges]
-    assert max(lengths) - min(lengths) <= 1
 
 
 def test_tokenizer_is_trained_on_every_shard_and_no_held_out_text(tmp_path, texts):
