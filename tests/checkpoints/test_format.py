@@ -225,3 +225,11 @@ def test_non_finite_tensors_are_found(tmp_path):
     checkpoint["optimizer_states"][0]["state"][0]["exp_avg"][0, 0] = math.inf
     write_checkpoint(tmp_path / "moments", checkpoint)
     assert non_finite_tensor(tmp_path / "moments") == "0.state.0.exp_avg"
+
+
+def test_named_files_are_written_beside_the_rest(tmp_path):
+    description = {"decoder": {"hidden_size": 8}, "rope": {"theta": 1e4}}
+    checkpoint = {"state_dict": {"w": torch.ones(2)}, "files": {"decoder.json": description}}
+    write_checkpoint(tmp_path / "ck", checkpoint)
+    assert json.loads((tmp_path / "ck/decoder.json").read_text()) == description
+    assert "files" not in read_checkpoint(tmp_path / "ck")

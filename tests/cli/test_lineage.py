@@ -162,3 +162,22 @@ def test_repeating_a_source_more_than_four_times_is_announced(home: Path) -> Non
         data.train_dataloader()
     end = 3 * 262144
     assert sum(data.loader.curriculum.tokens(end).values()) == end
+
+
+def test_a_run_is_exported_to_transformers_with_the_same_loss(home: Path) -> None:
+    import subprocess
+    import sys
+
+    from transformers import AutoModelForCausalLM
+
+    cli = main(["fit", "--config", "stage1.yaml"])
+    convert = Path(__file__).parents[2] / "src" / "convert.py"
+    words = [sys.executable, str(convert), "export", "runs/stage1", "exported"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    batch = next(iter(cli.datamodule.val_dataloader()))
+    row = batch.tokens[:1, : int((batch.documents[0] == batch.documents[0, 0]).sum())]
+    ours = cli.model.decoder(row)
+    theirs = AutoModelForCausalLM.from_pretrained(home / "exported")(row).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert (home / "exported/tokenizer.json").is_file()

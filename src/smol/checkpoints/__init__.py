@@ -9,7 +9,7 @@ __all__ = ["FsspecStore", "SafeCheckpointIO", "copy_weights"]
 
 
 def __getattr__(name: str) -> Any:
-    # The store alone is useful without torch, which Lightning's door needs.
+    # Lightning is imported only for its own door.
     if name in _PLACES:
         return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -45,6 +45,10 @@ _DTYPES = frozenset(getattr(torch, name) for name in (*_REALS, *_INTEGERS, *_OTH
 _NUMPY_SCALARS = frozenset((*_REALS, *_INTEGERS))
 
 
+FILES_KEY = "files"
+"""Entry of a checkpoint whose items are written as JSON files, such as a decoder's description."""
+
+
 def flatten(tree: Any, where: str = "") -> tuple[dict[str, Tensor], Any]:
     """Split a nested value into its tensors and a structure that JSON can hold.
 
@@ -88,12 +92,15 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
 
     Args:
         folder: Where to write; created if missing.
-        checkpoint: A checkpoint as Lightning makes it. Sharded tensors must have been gathered.
+        checkpoint: A checkpoint as Lightning makes it. Sharded tensors must have been gathered. The
+            items of its entry ``files`` become JSON files of their own, by name.
 
     Raises:
         UserError: If it holds something the format does not cover, by key path. Nothing has been
             written then.
     """
+    files = checkpoint.get(FILES_KEY, {})
+    checkpoint = {key: value for key, value in checkpoint.items() if key != FILES_KEY}
     parts = {part: checkpoint[key] for part, key in _PARTS.items() if key in checkpoint}
     parts["state"] = {key: checkpoint[key] for key in checkpoint if key not in _PARTS.values()}
     flat = {part: flatten(tree, _PARTS.get(part, "")) for part, tree in parts.items()}
@@ -105,8 +112,10 @@ def write_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
         if tensors:
             save_file(tensors, folder / f"{part}.safetensors", metadata={"format": "pt"})
             fsync(folder / f"{part}.safetensors")
-    (folder / STRUCTURE_FILE).write_text(text, encoding="utf-8")
-    fsync(folder / STRUCTURE_FILE)
+    texts = {name: json.dumps(content, indent=1) for name, content in files.items()}
+    for name, content in (texts | {STRUCTURE_FILE: text}).items():
+        (folder / name).write_text(content, encoding="utf-8")
+        fsync(folder / name)
     fsync(folder)
 
 
