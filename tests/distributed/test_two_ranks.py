@@ -19,7 +19,7 @@ def launch(sources, folder, **options):
     folder.mkdir(exist_ok=True)
     options = {"sources": sources, "folder": folder, "output": folder, "steps": STEPS} | options
     tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), str(tests / "data")])
+    path = os.pathsep.join([str(tests), str(tests / "data"), os.environ.get("PYTHONPATH", "")])
     script = Path(__file__).with_name("train_ranks.py")
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(options, default=str)],
