@@ -80,9 +80,18 @@ class SmolCLI(LightningCLI):
             self.run_folder, settings.ckpt_path, settings.continues, settings.init_from, training
         )
         rank_zero_info(f"{settings.name}: {start.reason}")
-        if start.weights is not None:
-            self.model.initial_weights = start.weights
+        if hasattr(self.model, "initial_weights"):
+            self.model.initial_weights, self.model.lineage = start.weights, start.lineage
         return None if start.checkpoint is None else str(start.checkpoint)
+
+    def after_fit(self) -> None:
+        """Say so if there was nothing left to do."""
+        trainer = self.trainer
+        if trainer.fit_loop.total_batch_idx < 0 and 0 <= trainer.max_steps <= trainer.global_step:
+            rank_zero_info(
+                f"{self.settings.name} has taken its {trainer.global_step:,} steps already; go on "
+                "with a larger --trainer.max_steps, or begin anew with --ckpt_path scratch"
+            )
 
     def subcommands(self) -> dict[str, set[str]]:
         """Only the command that was asked for: each costs time to set up."""

@@ -18,11 +18,13 @@ class Start:
     Attributes:
         checkpoint: Whole state to go on from: weights, optimiser, position.
         weights: Weights only.
+        lineage: Counts the times that the run began anew; a checkpoint brings its own.
         reason: In words, for the log.
     """
 
     checkpoint: Path | None = None
     weights: Path | None = None
+    lineage: int = 0
     reason: str = "starts from scratch"
 
 
@@ -56,7 +58,9 @@ def find_start(
         UserError: what is named is not there.
     """
     if ckpt_path == "scratch":
-        return Start()
+        # What is saved from now on is newer than all that is there, whatever its step.
+        past = [info.manifest.lineage for info in FsspecStore(run_folder / CHECKPOINTS).list()]
+        return Start(lineage=max(past, default=-1) + 1)
     if ckpt_path is not None:
         folder = Path(resolve(ckpt_path))
         if not folder.exists():

@@ -113,6 +113,22 @@ def test_stage2_goes_on_with_optimiser_and_position_and_restarts_itself(home: Pa
     assert_equal(weights(home / "runs/stage2"), weights(home / "runs/whole"))
 
 
+def test_a_run_begun_anew_is_restarted_from_its_new_checkpoints(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main(["fit", "--config", "stage1.yaml"])
+    words = ["fit", "--config", "stage1.yaml", "--model.optimizer.learning_rate", "0.02"]
+    main([*words, "--ckpt_path", "scratch", "--trainer.max_steps", "2"])
+    assert newest_checkpoint(home / "runs/stage1").name.startswith("step-00000002")
+    cli = main(words)
+    assert [float(row["train/learning_rate"]) for row in cli.trainer.logger.rows()] == [
+        pytest.approx(rate) for rate in (0.01, 0.02, 0.02, 0.02)
+    ]
+    caplog.clear()
+    main(words)
+    assert "stage1 has taken its 4 steps already" in caplog.text
+
+
 def test_init_from_takes_weights_only(home: Path) -> None:
     main(["fit", "--config", "stage1.yaml"])
     words = ["fit", "--config", "stage1.yaml", "--name", "other", "--init_from", "stage1"]

@@ -61,6 +61,7 @@ class DecoderModule(LightningModule):
         self.compile_blocks = compile
         self.init_seed = init_seed
         self.initial_weights: Path | None = None
+        self.lineage = 0
         self.decoder: Decoder | None = None
         self._batch: TokenBatch | None = None
         self._sums: dict[str, Tensor] = {}
@@ -246,6 +247,7 @@ class DecoderModule(LightningModule):
         }
         checkpoint["manifest"] = {
             "tokens": self._next_position,
+            "lineage": self.lineage,
             "run_name": Path(self.trainer.default_root_dir).name,
         }
 
@@ -253,7 +255,8 @@ class DecoderModule(LightningModule):
         checkpoint.setdefault("lr_schedulers", [])
         epoch_loop = self.trainer.fit_loop.epoch_loop
         step = checkpoint["global_step"]
-        self._next_position = checkpoint.get("manifest", {}).get("tokens", 0)
+        manifest = checkpoint.get("manifest", {})
+        self._next_position, self.lineage = manifest.get("tokens", 0), manifest.get("lineage", 0)
         epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
         epoch_loop._batches_that_stepped = step
 
