@@ -5,7 +5,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from smol.checkpoints.store import FsspecStore, new_key
+from smol.checkpoints.format import write_checkpoint
+from smol.checkpoints.io import HYPER_PARAMETERS, MANIFEST_KEY
+from smol.checkpoints.store import CheckpointInfo, FsspecStore
+from smol.errors import UserError
 
 
 class Checkpoint(Callback):
@@ -23,7 +26,7 @@ class Checkpoint(Callback):
 
     Args:
         every: Optimiser steps between checkpoints; 0 saves only at the end.
-        keep: How many of this run to keep, at least 2: the newest one may be the damaged one.
+        keep: How many verified ones of this run to keep, at least 2.
         folder: Where they go, relative to the run folder.
     """
 
@@ -31,9 +34,10 @@ class Checkpoint(Callback):
 
     def __init__(self, every: int = 500, keep: int = 2, folder: str = "checkpoints"):
         if keep < 2:
-            raise ValueError(f"keep is {keep}; at least 2, so that a damaged one can be replaced")
+            raise UserError(f"keep is {keep}; at least 2, so that a damaged one can be replaced")
         self.every, self.keep, self.folder = every, keep, folder
         self._saved_step: int | None = None
+        self._sound: set[str] = set()  # keys written or verified by this process
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -50,14 +54,39 @@ class Checkpoint(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        root = Path(trainer.default_root_dir, self.folder)
-        root.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(root / new_key(trainer.global_step), weights_only=False)
-        self._saved_step = trainer.global_step
+        # All ranks take part in gathering the state; the first one writes it.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        failure = None
         if trainer.is_global_zero:
-            self._rotate(FsspecStore(root), trainer.ckpt_path)
+            try:
+                self._write(trainer, checkpoint)
+            except Exception as error:
+                failure = error
+        if trainer.strategy.broadcast(failure is not None):
+            raise failure or RuntimeError("the first rank could not save a checkpoint")
+        self._saved_step = trainer.global_step
 
-    def _rotate(self, store: FsspecStore, resumed_from: Any) -> None:
-        for info in store.list()[: -self.keep]:
-            if resumed_from is None or Path(resumed_from).name != info.key:
-                store.delete(info)
+    def _write(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        store = FsspecStore(Path(trainer.default_root_dir, self.folder))
+        metadata = {"world_size": trainer.world_size} | checkpoint.get(MANIFEST_KEY, {})
+        content = {key: v for key, v in checkpoint.items() if key not in HYPER_PARAMETERS}
+        step = trainer.global_step
+        info = store.save(step, lambda folder: write_checkpoint(folder, content), metadata)
+        self._sound.add(info.key)
+        protected = {info.key, Path(trainer.ckpt_path).name if trainer.ckpt_path else None}
+        sound = 0
+        for older in reversed(store.list()):
+            if sound < self.keep:
+                sound += self._is_sound(store, older)
+            elif older.key not in protected:
+                store.delete(older)
+
+    def _is_sound(self, store: FsspecStore, info: CheckpointInfo) -> bool:
+        """Whether it passes verification; one that does not is no reason to delete another."""
+        if info.key not in self._sound:
+            try:
+                store.verify(info)
+            except UserError:
+                return False
+            self._sound.add(info.key)
+        return True

@@ -25,7 +25,7 @@ class RunReport(Callback):
         next_command: What to type next.
     """
 
-    order = 350  # after SampleText has written, before the last checkpoint is saved
+    order = 510  # after SampleText has written; a failure here costs no checkpoint
 
     def __init__(self, next_command: str | None = None):
         self.next_command = next_command

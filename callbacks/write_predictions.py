@@ -12,7 +12,8 @@ from smol.data.batch import IGNORE
 class WritePredictions(Callback):
     """Writes a line of JSON for each held-out row: source, loss, text, and the loss of each token.
 
-    The file is ``predictions.jsonl`` in the run folder (``predictions-1.jsonl``, … of other ranks).
+    Needs this project's data and language modelling. The file is ``predictions.jsonl`` in the run
+    folder (``predictions-1.jsonl``, … of other ranks).
 
     .. code-block:: yaml
 

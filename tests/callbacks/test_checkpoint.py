@@ -7,8 +7,9 @@ from tiny import make_data, make_module, make_trainer
 
 from callbacks import Checkpoint
 from smol.checkpoints.store import FsspecStore
+from smol.errors import UserError
 from smol.experiments import CSVLogger
-from smol.runs import newest_checkpoint
+from smol.runs import find_start, newest_checkpoint
 
 
 def train(folder, sources, steps, *callbacks, resume=None, checkpoint=None, **kwargs):
@@ -75,5 +76,44 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(sources, tmp_path, dies_at):
 
 
 def test_one_checkpoint_alone_is_refused():
-    with pytest.raises(ValueError, match="keep is 1; at least 2"):
+    with pytest.raises(UserError, match="keep is 1; at least 2"):
         Checkpoint(keep=1)
+
+
+def test_damaged_ones_neither_count_nor_cost_a_good_one(sources, tmp_path):
+    train(tmp_path, sources, 6)
+    good = newest_checkpoint(tmp_path)
+    train(tmp_path, sources, 12, resume=good)
+    assert steps_kept(tmp_path) == [6, 9, 12]
+    for info in FsspecStore(tmp_path / "checkpoints").list()[1:]:
+        path = tmp_path / "checkpoints" / info.key / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert newest_checkpoint(tmp_path) == good
+    start = find_start(tmp_path)
+    assert start.lineage == 1  # what is saved now is newer than the damaged ones
+    trainer = make_trainer(tmp_path, 9, callbacks=[Checkpoint(every=3)])
+    module = make_module()
+    module.lineage = start.lineage
+    trainer.fit(module, make_data(sources, micro_batch_tokens=128), ckpt_path=start.checkpoint)
+    newest = newest_checkpoint(tmp_path)
+    assert newest.name.startswith("step-00000009")
+    assert good.is_dir()
+
+
+def test_a_save_that_is_killed_leaves_nothing_behind(sources, tmp_path, monkeypatch):
+    """The next save takes away what an interrupted one has left."""
+    leftover = tmp_path / "checkpoints/.staging-step-00000003-00000000"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    train(tmp_path, sources, 3)
+    assert not leftover.exists()
+
+
+def test_a_full_disk_is_told_on_every_rank(sources, tmp_path, monkeypatch):
+    def full(folder, checkpoint):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("callbacks.checkpoint.write_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tmp_path, sources, 3)
+    assert steps_kept(tmp_path) == []

@@ -19,7 +19,7 @@ MANIFEST_KEY = "manifest"
 """Entry of a checkpoint whose items become fields of its manifest (tokens, lineage, parent...)."""
 
 # The run's folder holds its configuration; in a checkpoint it could only contradict it.
-_HYPER_PARAMETERS = (
+HYPER_PARAMETERS = (
     *("hyper_parameters", "hparams_name", "hparams_type"),
     *("datamodule_hyper_parameters", "datamodule_hparams_name", "datamodule_hparams_type"),
 )
@@ -54,7 +54,7 @@ class SafeCheckpointIO(CheckpointIO):
         path = _local(path)
         metadata = {"world_size": dist.get_world_size() if dist.is_initialized() else 1}
         metadata |= checkpoint.get(MANIFEST_KEY, {})
-        checkpoint = {k: v for k, v in checkpoint.items() if k not in _HYPER_PARAMETERS}
+        checkpoint = {k: v for k, v in checkpoint.items() if k not in HYPER_PARAMETERS}
 
         attempt = uuid.uuid4().hex[:8]
         new, old = (path.with_name(f".{path.name}.{state}-{attempt}") for state in ("new", "old"))
