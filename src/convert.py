@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from smol.errors import UserError
+from smol.paths import find, resolve
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights"
     )
     args = parser.parse_args(arguments)
+    args.source, args.out = find(args.source), resolve(args.out)
+    if args.command == "export" and args.tokenizer:
+        args.tokenizer = find(args.tokenizer)
     try:
         (_import if args.command == "import" else _export)(args)
     except UserError as error:

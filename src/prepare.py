@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from smol.errors import UserError, nearest
+from smol.paths import find, resolve
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,6 +113,7 @@ def flags_of(config: str) -> list[str]:
     """
     import yaml
 
+    config = find(config)
     if not Path(config).is_file():
         raise UserError(f"{config}: no such file.")
     try:
@@ -139,9 +141,12 @@ def run(arguments: argparse.Namespace) -> None:
     from smol.data.tokenizer import train_tokenizer
 
     given = arguments
+    tokenizer = given.tokenizer and find(given.tokenizer)
+    if given.vocab_size is not None and tokenizer and not Path(tokenizer).exists():
+        tokenizer = str(resolve(tokenizer))  # it will be made
     if given.embedded is not None:
         workers = 2 if given.workers is None else given.workers
-        ensure_embedded(given.embedded, given.vocab_size or 4096, workers)
+        ensure_embedded(resolve(given.embedded), given.vocab_size or 4096, workers)
         return
     if given.output is None:
         raise UserError("--output is missing: give the folder to write, such as data/my_text")
@@ -157,15 +162,19 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         separator = given.separator and given.separator.replace("\\n", "\n")  # as a shell gives it
         source = Files(
-            tuple(given.documents), given.format, given.field, separator, given.shard_bytes
+            tuple(map(find, given.documents)),
+            given.format,
+            given.field,
+            separator,
+            given.shard_bytes,
         )
-    if given.vocab_size is not None and not (Path(given.tokenizer) / "tokenizer.json").exists():
-        print(f"{given.tokenizer}: training a tokenizer of {given.vocab_size:,} tokens.")
-        train_tokenizer(sample_texts(source, given.held_out), given.tokenizer, given.vocab_size)
+    if given.vocab_size is not None and not (Path(tokenizer) / "tokenizer.json").exists():
+        print(f"{tokenizer}: training a tokenizer of {given.vocab_size:,} tokens.")
+        train_tokenizer(sample_texts(source, given.held_out), tokenizer, given.vocab_size)
     prepare(
         source,
-        given.output,
-        given.tokenizer,
+        resolve(given.output),
+        tokenizer,
         PrepareSettings(given.held_out, given.shuffle, given.seed, given.chunk_tokens, given.dtype),
         name=given.name,
         eos_token=given.eos_token,

@@ -1,5 +1,6 @@
 """LightningCLI over layered configurations, with callbacks by name and a folder per run."""
 
+import hashlib
 import logging
 import os
 import warnings
@@ -24,7 +25,7 @@ from smol.interpolation import interpolate
 from smol.paths import is_url, resolve
 from smol.runs import find_start
 
-DEFAULT_ORDER = 250  # guards 100, monitors 200, reports 300, checkpoints 400
+DEFAULT_ORDER = 250  # guards 100, monitors 200, checkpoints 400, reports 500
 DEFAULT_SEED = 42
 
 
@@ -82,6 +83,8 @@ class SmolCLI(LightningCLI):
         rank_zero_info(f"{settings.name}: {start.reason}")
         if hasattr(self.model, "initial_weights"):
             self.model.initial_weights, self.model.lineage = start.weights, start.lineage
+            config = dump_yaml(self.config_dump).encode()
+            self.model.config_digest = hashlib.sha256(config).hexdigest()
         return None if start.checkpoint is None else str(start.checkpoint)
 
     def after_fit(self) -> None:

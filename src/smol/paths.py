@@ -2,6 +2,7 @@
 
 import os
 import re
+from glob import glob
 from pathlib import Path
 
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
@@ -34,3 +35,19 @@ def resolve(path: str | Path) -> Path | str:
     if is_url(path):
         return str(path)
     return project_root() / Path(path).expanduser()
+
+
+def find(path: str | Path) -> str:
+    """Where something that a command line names is: here, or else under the project root.
+
+    Args:
+        path: A local path or pattern, a URL, or another name.
+
+    Returns:
+        The path under the project root if it is relative and only there; else ``path`` as given.
+    """
+    text = str(path)
+    if is_url(text) or Path(text).is_absolute() or glob(text):
+        return text
+    under_root = str(resolve(text))
+    return under_root if glob(under_root) else text

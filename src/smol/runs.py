@@ -18,13 +18,14 @@ class Start:
     Attributes:
         checkpoint: Whole state to go on from: weights, optimiser, position.
         weights: Weights only.
-        lineage: Counts the times that the run began anew; a checkpoint brings its own.
+        lineage: Set where the run takes another path than the one of its newest checkpoint, so that
+            what it saves from now on counts as newer, whatever its step.
         reason: In words, for the log.
     """
 
     checkpoint: Path | None = None
     weights: Path | None = None
-    lineage: int = 0
+    lineage: int | None = None
     reason: str = "starts from scratch"
 
 
@@ -58,17 +59,18 @@ def find_start(
         UserError: what is named is not there.
     """
     if ckpt_path == "scratch":
-        # What is saved from now on is newer than all that is there, whatever its step.
-        past = [info.manifest.lineage for info in FsspecStore(run_folder / CHECKPOINTS).list()]
-        return Start(lineage=max(past, default=-1) + 1)
+        return Start(lineage=_new_lineage(run_folder, None))
     if ckpt_path is not None:
         folder = Path(resolve(ckpt_path))
         if not folder.exists():
             raise UserError(f"--ckpt_path {ckpt_path} is not there; expected a checkpoint's folder")
-        return Start(checkpoint=folder, reason=f"goes on from {folder}")
+        lineage = _new_lineage(run_folder, folder)
+        return Start(checkpoint=folder, lineage=lineage, reason=f"goes on from {folder}")
     own = newest_checkpoint(run_folder)
     if own is not None:
-        return Start(checkpoint=own, reason=f"goes on from its own checkpoint {own}")
+        lineage = _new_lineage(run_folder, own)
+        reason = f"goes on from its own checkpoint {own}"
+        return Start(checkpoint=own, lineage=lineage, reason=reason)
     if continues is not None:
         found = _predecessor(run_folder.parent, continues)
         return Start(checkpoint=found, reason=f"continues {continues} from {found}")
@@ -86,6 +88,14 @@ def find_start(
     return Start()
 
 
+def _new_lineage(run_folder: Path, start: Path | None) -> int | None:
+    """The lineage of a run that does not go on from its newest checkpoint; ``None`` if it does."""
+    checkpoints = FsspecStore(run_folder / CHECKPOINTS).list()
+    if not checkpoints or (start is not None and start.name == checkpoints[-1].key):
+        return None
+    return checkpoints[-1].manifest.lineage + 1
+
+
 def _predecessor(runs_dir: Path, name: str) -> Path:
     found = newest_checkpoint(runs_dir / name)
     if found is None:
@@ -99,9 +109,10 @@ def _predecessor(runs_dir: Path, name: str) -> Path:
 
 def _command(name: str) -> str:
     """The command that makes a run: that of the configuration with its name, if there is one."""
-    config = next(project_root().glob(f"configs/**/{name}.yaml"), None)
-    shown = config.relative_to(project_root()) if config else f"{name}.yaml"
-    return f"python src/train.py fit --config {shown}"
+    for config in sorted(project_root().glob("configs/**/*.yaml")):
+        if f"\nname: {name}\n" in "\n" + config.read_text(encoding="utf-8"):
+            return f"python src/train.py fit --config {config.relative_to(project_root())}"
+    return f"python src/train.py fit --config FILE --name {name}"
 
 
 def decoder_folder(path: str | Path) -> Path:
@@ -126,11 +137,13 @@ def decoder_folder(path: str | Path) -> Path:
 
 
 def tokenizer_of(run_folder: str | Path) -> Path | None:
-    """The tokenizer that a run was trained with; ``None`` where its configuration is not there."""
+    """The tokenizer of a run or of one of its checkpoints; ``None`` where no configuration is."""
     import yaml
 
-    config = Path(run_folder, "config.yaml")
-    if not config.is_file():
+    # A checkpoint lies two folders below its run's.
+    folders = (Path(run_folder), *Path(run_folder).resolve().parents[1:2])
+    config = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
+    if config is None:
         return None
     data = yaml.safe_load(config.read_text(encoding="utf-8")).get("data") or {}
     tokenizer = data.get("init_args", {}).get("tokenizer")

@@ -344,6 +344,7 @@ def command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "src/prepare.py"), *map(str, words)],
         cwd=cwd,
+        env=os.environ | {"SMOL_ROOT": str(cwd)},
         capture_output=True,
         text=True,
     )

@@ -115,6 +115,17 @@ class TestObjectStore:
             kept = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.bin"))
             assert kept <= 2 * size
 
+    def test_a_copy_that_went_bad_is_fetched_again(self, source, s3, tmp_path):
+        url = s3.upload(source, "bad_copy")
+        cache = ChunkCache(tmp_path / "cache", 10**8, s3.storage_options)
+        whole = np.array(TokenStream(url, cache=cache).read(0, 0, 100))
+        (copy,) = (tmp_path / "cache").rglob("*.bin")
+        data = bytearray(copy.read_bytes())
+        data[50] ^= 1
+        copy.unlink()  # not in place: the first reader still has the old file mapped
+        copy.write_bytes(data)
+        assert (TokenStream(url, cache=cache).read(0, 0, 100) == whole).all()
+
     @pytest.mark.parametrize("kind", ["missing", "truncated", "corrupt"])
     def test_damage_in_the_store_is_one_line(self, copy, s3, tmp_path, kind, monkeypatch):
         monkeypatch.setattr("smol.data.streams.FETCH_BACKOFF_SECONDS", 0.01)

@@ -32,21 +32,19 @@ def launch(sources, folder, **options):
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     for a, b in zip(*ranks, strict=True):
         assert not {tuple(r) for r in a["rows"]} & {tuple(r) for r in b["rows"]}
-    return [
-        {"rows": sorted(a["rows"] + b["rows"]), "norm": a["norm"]}
-        for a, b in zip(*ranks, strict=True)
-    ]
+    return [a | {"rows": sorted(a["rows"] + b["rows"])} for a, b in zip(*ranks, strict=True)]
 
 
 def single(sources, folder, **options):
     options = {"strategy": "single", "steps": STEPS, "micro": 256} | options
     steps = run(sources, folder, **options)[1]
-    return [{"rows": sorted(step["rows"]), "norm": step["norm"]} for step in steps]
+    return [step | {"rows": sorted(step["rows"])} for step in steps]
 
 
 def assert_same(a, b):
     assert [step["rows"] for step in a] == [step["rows"] for step in b]
     assert [s["norm"] for s in a] == pytest.approx([s["norm"] for s in b], rel=2e-4)
+    assert a[-1]["bits_per_byte"] == pytest.approx(b[-1]["bits_per_byte"], rel=1e-4)
 
 
 def assert_same_weights(a, b):

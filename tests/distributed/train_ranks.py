@@ -41,11 +41,13 @@ def run(sources, folder, strategy, steps, micro, uneven, save=None, resume=None)
     kwargs = {"devices": 2} if strategy != "single" else {}
     if strategy != "single":
         kwargs["strategy"] = FSDP2Strategy() if strategy == "fsdp2" else "ddp"
-    trainer = make_trainer(folder, steps, callbacks=[record], **kwargs)
+    kwargs |= {"limit_val_batches": 1.0, "callbacks": [record]}  # the last step validates
+    trainer = make_trainer(folder, steps, **kwargs)
     data = make_data(sources, make_stages(sources, **STAGES), micro_batch_tokens=micro)
     trainer.fit(make_module(), data, ckpt_path=resume)
     if save:
         trainer.save_checkpoint(save)
+    record.steps[-1]["bits_per_byte"] = float(trainer.callback_metrics["held_out/bits_per_byte"])
     return trainer, record.steps
 
 

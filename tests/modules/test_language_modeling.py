@@ -285,7 +285,7 @@ class TestBitsPerByte:
 
     def test_does_not_depend_on_the_number_of_ranks(self, sources):
         from smol.data.loader import Layout
-        from smol.data.pretraining import _HeldOut
+        from smol.data.pretraining import HeldOut
         from smol.data.streams import TokenStream
 
         names = ("cats", "dogs")
@@ -294,9 +294,8 @@ class TestBitsPerByte:
         def rows(ranks):
             seen = []
             for rank in range(ranks):
-                dataset = _HeldOut(streams, 0, 32, Layout(rank, ranks, 96), 2000)
-                for i in range(len(dataset)):
-                    batch = dataset[i]
+                dataset = HeldOut(streams, 0, 32, Layout(rank, ranks, 96), 2000)
+                for batch in dataset:
                     kept = batch.targets[:, 0] != IGNORE
                     seen += [tuple(r) for r in batch.targets[kept].tolist()]
             return sorted(seen)

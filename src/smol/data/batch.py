@@ -1,6 +1,6 @@
 """What a training step is given."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,11 @@ class TokenBatch:
     step_tokens: int = 0
     exact: bool = True
     stage: str = ""
+
+    def pin_memory(self) -> "TokenBatch":
+        """Put the tensors where a GPU copies from without waiting; called by torch's loader."""
+        names = ("tokens", "targets", "documents", "positions", "sources")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 def token_tensors(blocks: np.ndarray, eos_id: int) -> dict[str, Tensor]:

@@ -74,7 +74,6 @@ class Segment:
         global_batch: Tokens per optimiser step.
         weights: Source name to weight, as configured.
         digests: Source name to the digest of its data.
-        skipped: Ranges of positions that were not trained on.
         tokens: Source name to tokens consumed in the segment; set when it is closed.
     """
 
@@ -86,7 +85,6 @@ class Segment:
     weights: dict[str, float]
     digests: dict[str, str]
     stop: int | None = None
-    skipped: tuple[tuple[int, int], ...] = ()
     tokens: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -103,7 +101,7 @@ class Segment:
 
     @classmethod
     def from_json(cls, state: dict) -> "Segment":
-        return cls(**{**state, "skipped": tuple(tuple(r) for r in state["skipped"])})
+        return cls(**state)
 
 
 def plan(
@@ -134,6 +132,8 @@ def plan(
     ordered = _ordered(stages)
     segments: list[Segment] = []
     for name, stage in ordered:
+        check_positive(f"stage '{name}': global_batch_tokens", stage.global_batch_tokens)
+        check_positive(f"stage '{name}': context_length", stage.context_length)
         batch = stage.global_batch_tokens or global_batch_tokens
         context = stage.context_length or context_length
         if batch % context:
@@ -366,11 +366,21 @@ def check_context(context: int, span: int, longest: int) -> None:
         )
 
 
+def check_positive(key: str, number: int | None) -> None:
+    """Refuse 0 and less; ``None`` stands for a default.
+
+    Raises:
+        UserError: it is so.
+    """
+    if number is not None and number < 1:
+        raise UserError(f"{key} is {number}; expected a number of at least 1")
+
+
 def check_history(history: tuple[Segment, ...], curriculum: Curriculum) -> None:
     """Recompute what was consumed and compare it with what the checkpoint recorded.
 
     Raises:
-        UserError: the counts differ, so the data or its order are not those of the run.
+        UserError: the counts differ, so this version of the mixture is not the run's.
     """
     again = curriculum.history(history[-1].stop) if history else ()
     for was, now in zip(history, again, strict=True):
@@ -378,5 +388,6 @@ def check_history(history: tuple[Segment, ...], curriculum: Curriculum) -> None:
             if now.tokens[name] != tokens:
                 raise UserError(
                     f"the checkpoint consumed {tokens} tokens of '{name}' in {was.stage}, this "
-                    f"curriculum {now.tokens[name]}; data.seed or the sources were changed"
+                    f"version would have consumed {now.tokens[name]}; go on with the version that "
+                    "made it, or begin a new run from its weights with init_from"
                 )

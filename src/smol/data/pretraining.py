@@ -1,13 +1,12 @@
 """The LightningDataModule of pretraining: stages of mixtures of prepared token streams."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, Dataset
 
 from smol.data.batch import IGNORE, TokenBatch, token_tensors
 from smol.data.card import Card
@@ -16,6 +15,7 @@ from smol.data.curriculum import (
     Segment,
     StageConfig,
     check_history,
+    check_positive,
     plan,
 )
 from smol.data.loader import Layout, PositionLoader
@@ -50,6 +50,7 @@ class Pretraining(LightningDataModule):
             all of them.
         embedded: Folder of the embedded corpora, which are prepared when missing; ``null`` if no
             source needs them.
+        embedded_vocab_size: Vocabulary of the tokenizer that is trained with them.
         cache_dir: Where chunks of remote sources are kept.
         cache_gigabytes: How much they may take.
         storage_options: Passed to fsspec for remote sources (endpoint, credentials).
@@ -71,6 +72,7 @@ class Pretraining(LightningDataModule):
         num_workers: int = 0,
         held_out_tokens: int = 2**17,
         embedded: str | None = None,
+        embedded_vocab_size: int = 4096,
         cache_dir: str = "data/cache",
         cache_gigabytes: float = 50.0,
         storage_options: dict[str, Any] | None = None,
@@ -78,6 +80,15 @@ class Pretraining(LightningDataModule):
         allow_changed_data: bool = False,
     ):
         super().__init__()
+        for key, number in {
+            "context_length": context_length,
+            "global_batch_tokens": global_batch_tokens,
+            "micro_batch_tokens": micro_batch_tokens,
+            "shortest_context": shortest_context,
+            "longest_context": longest_context,
+            "chunk_window": chunk_window,
+        }.items():
+            check_positive(f"data.{key}", number)
         self.stages = {name: stage for name, stage in stages.items() if stage is not None}
         contexts = [s.context_length or context_length for s in self.stages.values()]
         self.shortest_context = shortest_context or min(contexts, default=context_length)
@@ -91,6 +102,7 @@ class Pretraining(LightningDataModule):
         self.num_workers = num_workers
         self.held_out_tokens = held_out_tokens
         self.embedded = embedded
+        self.embedded_vocab_size = embedded_vocab_size
         self.verify = verify
         self.allow_changed_data = allow_changed_data
         self.cache = ChunkCache(cache_dir, int(cache_gigabytes * 1e9), storage_options)
@@ -106,7 +118,7 @@ class Pretraining(LightningDataModule):
         if self.embedded is not None:
             from smol.data.corpora import ensure_embedded
 
-            ensure_embedded(resolve(self.embedded), log=rank_zero_info)
+            ensure_embedded(resolve(self.embedded), self.embedded_vocab_size, log=rank_zero_info)
 
     def setup(self, stage: str | None = None) -> None:
         """Open tokenizer and sources, and check that they belong together."""
@@ -235,17 +247,17 @@ class Pretraining(LightningDataModule):
 
     # -- evaluation ------------------------------------------------------------------------------
 
-    def val_dataloader(self) -> Iterable[TokenBatch]:
+    def val_dataloader(self) -> "HeldOut":
         """The first ``held_out_tokens`` of each source's held-out text."""
         return self._held_out(self.held_out_tokens)
 
-    def test_dataloader(self) -> Iterable[TokenBatch]:
+    def test_dataloader(self) -> "HeldOut":
         """All held-out text."""
         return self._held_out(None)
 
     predict_dataloader = val_dataloader
 
-    def _held_out(self, limit: int | None) -> DataLoader:
+    def _held_out(self, limit: int | None) -> "HeldOut":
         streams = {}
         for i, name in enumerate(self.source_names):
             train = self._streams[name]
@@ -258,10 +270,7 @@ class Pretraining(LightningDataModule):
                     f"tokens, a sequence {self.context_length}; prepare it with --held_out 0.1",
                     category=UserWarning,
                 )
-        dataset = _HeldOut(
-            streams, self.tokenizer.eos_id, self.context_length, self._layout(), limit
-        )
-        return DataLoader(dataset, batch_size=None, shuffle=False)
+        return HeldOut(streams, self.tokenizer.eos_id, self.context_length, self._layout(), limit)
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -311,11 +320,11 @@ class Pretraining(LightningDataModule):
                     )
 
 
-class _HeldOut(Dataset):
+class HeldOut:
     """Batches of held-out blocks in reading order, dealt to the ranks in turn.
 
     Every rank gets equally many, since sharded models act together: the last ones may hold no
-    target.
+    target. It is no ``DataLoader``, which Lightning would deal out to the ranks once more.
     """
 
     def __init__(
@@ -338,9 +347,10 @@ class _HeldOut(Dataset):
     def __len__(self) -> int:
         return -(-len(self.batches) // self.layout.ranks)
 
-    def __getitem__(self, index: int) -> TokenBatch:
-        if index >= len(self):
-            raise IndexError(index)
+    def __iter__(self) -> Iterator[TokenBatch]:
+        return (self._batch(index) for index in range(len(self)))
+
+    def _batch(self, index: int) -> TokenBatch:
         mine = index * self.layout.ranks + self.layout.rank
         padding = mine >= len(self.batches)
         blocks = self.batches[0 if padding else mine]
@@ -348,6 +358,7 @@ class _HeldOut(Dataset):
         batch = TokenBatch(
             **token_tensors(np.stack(read), self.eos_id),
             sources=torch.tensor([source for source, _, _ in blocks]),
+            exact=not padding,
         )
         if padding:
             batch.targets.fill_(IGNORE)

@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +80,16 @@ class TokenStream:
         entry = self.chunks[chunk]
         if is_url(self.path):
             url = f"{self.path.rstrip('/')}/{self.split}/{entry.file}"
-            file = self.cache.fetch(url, entry, self.card.digest)
-        else:
-            file = Path(self.path, self.split, entry.file)
-            check_chunk(file, entry, self.verify)
+            return self.cache.open(url, entry, self.card.digest, self._open_file, self.verify)
+        file = Path(self.path, self.split, entry.file)
+        check_chunk(file, entry, self.verify)
+        return self._open_file(file, entry)
+
+    def _open_file(self, file: Path, entry: Chunk) -> np.ndarray:
         items = int(np.fromfile(file, dtype=np.uint32, count=1)[0])
         # The header: the number of items, then as many offsets and one more.
-        return np.memmap(file, self.dtype, mode="r", offset=4 * (2 + items), shape=(entry.tokens,))
+        offset = 4 * (2 + items)
+        return np.memmap(file, self.dtype, mode="r", offset=offset, shape=(entry.tokens,))
 
     def __getstate__(self) -> dict:
         # Memory maps do not travel to data workers; each opens its own.
@@ -130,8 +134,22 @@ class ChunkCache:
         self.folder, self.max_bytes = resolve(folder), max_bytes
         self.storage_options = storage_options or {}
 
-    def fetch(self, url: str, entry: Chunk, data_digest: str) -> Path:
-        """The local copy of a chunk, fetched and checked when it is not there yet.
+    def open(
+        self,
+        url: str,
+        entry: Chunk,
+        data_digest: str,
+        reader: Callable[[Path, Chunk], np.ndarray],
+        verify: bool = True,
+    ) -> np.ndarray:
+        """Open the local copy of a chunk, fetched when it is not there or not whole.
+
+        Args:
+            url: Where the chunk is.
+            entry: What the card says of it.
+            data_digest: Digest of the data it belongs to.
+            reader: Opens the local file.
+            verify: Check the SHA-256 of a copy that was already there, too.
 
         Raises:
             UserError: the store does not give the chunk, or gives other bytes than the card lists.
@@ -142,11 +160,24 @@ class ChunkCache:
         file.parent.mkdir(parents=True, exist_ok=True)
         # One process of the machine fetches a chunk, the others wait for it.
         with FileLock(f"{file}.lock"):
-            if not (file.exists() and file.stat().st_size == entry.bytes):
-                self._make_room(entry.bytes)
-                self._download(url, file, entry)
-        os.utime(file)
-        return file
+            try:
+                check_chunk(file, entry, verify)
+            except UserError:
+                self._fetch(url, file, entry)
+            try:
+                os.utime(file)
+                return reader(file, entry)
+            except FileNotFoundError:  # another process has made room in the meantime
+                self._fetch(url, file, entry)
+                return reader(file, entry)
+
+    def _fetch(self, url: str, file: Path, entry: Chunk) -> None:
+        from filelock import FileLock
+
+        file.unlink(missing_ok=True)
+        with FileLock(f"{self.folder}/.room.lock"):
+            self._make_room(entry.bytes)
+        self._download(url, file, entry)
 
     def _download(self, url: str, file: Path, entry: Chunk) -> None:
         import fsspec
@@ -172,14 +203,18 @@ class ChunkCache:
 
     def _make_room(self, needed: int) -> None:
         files = []
-        for file in self.folder.glob("*/*.bin"):
+        for file in self.folder.glob("*/*.bin*"):
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 stat = file.stat()
+                if file.suffix == ".lock":
+                    continue
                 files.append((stat.st_mtime_ns, stat.st_size, file))
         used = sum(size for _, size, _ in files)
         for _, size, file in sorted(files):
             if used + needed <= self.max_bytes:
                 return
+            if file.suffix == ".part":
+                continue  # another process is fetching it
             # Readers that have the file mapped keep their pages until they let go.
             file.unlink(missing_ok=True)
             used -= size

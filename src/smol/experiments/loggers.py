@@ -90,8 +90,15 @@ class CSVLogger(Logger):
         return list(csv.DictReader(whole.splitlines()))
 
     def _take_over(self) -> None:
+        rows = self.rows()
         with open(self.path, newline="", encoding="utf-8") as file:
             self._columns = next(csv.reader(file), None) or ["step"]
+        self._write_all(rows)
+        if rows:
+            self._last = {key: value for key, value in rows[-1].items() if value} | {
+                "step": int(rows[-1]["step"])
+            }
+            self._last_offset = self.path.stat().st_size - len(self._line(rows[-1]))
 
     def _line(self, row: dict[str, Any]) -> bytes:
         line = io.StringIO()
@@ -122,9 +129,8 @@ class WandbLogger(LightningWandbLogger):
         folder.mkdir(parents=True, exist_ok=True)
         self._state = folder / "wandb_run.txt"
         run_id, self._sent_before = kwargs.pop("id", None), -1
-        if self._state.exists():
-            run_id, sent = self._state.read_text().split()
-            self._sent_before = int(sent)
+        if self._state.exists() and (state := self._state.read_text().split()):
+            run_id, self._sent_before = state[0], int(state[1])
         super().__init__(save_dir=str(folder), id=run_id, resume="allow", **kwargs)
 
     @rank_zero_only
@@ -133,7 +139,9 @@ class WandbLogger(LightningWandbLogger):
             return
         super().log_metrics(metrics, step)
         if step is not None:
-            self._state.write_text(f"{self.experiment.id} {step}\n")
+            part = self._state.with_suffix(".part")
+            part.write_text(f"{self.experiment.id} {step}\n")
+            part.replace(self._state)
 
 
 class TensorBoardLogger(LightningTensorBoardLogger):

@@ -17,7 +17,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     chunk_size: int | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood and log-sum-exp of ``hidden @ weight.T``, token by token.
 
@@ -37,7 +37,8 @@ def linear_cross_entropy(
         weight: Head, ``(vocab, hidden)``.
         targets: ``(...)``, int64.
         chunk_size: Rows of the head per chunk; ``None`` chooses by device and number of tokens.
-        ignore_index: Target of tokens that give no loss and no gradient.
+        ignore_index: Target of tokens that give no loss and no gradient; ``None`` promises that
+            there is none, which spares a GPU a synchronisation.
 
     Returns:
         Negative log-likelihood in nats and log-sum-exp, both of the shape of ``targets``, float32;
@@ -47,23 +48,25 @@ def linear_cross_entropy(
         IndexError: If a target is neither a row of the head nor ``ignore_index``.
     """
     flat_hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()
-    kept = (flat_targets != ignore_index).nonzero().squeeze(1)
-    all_kept = len(kept) == len(flat_targets)
+    all_kept = True
+    if ignore_index is not None:
+        kept = (flat_targets != ignore_index).nonzero().squeeze(1)
+        all_kept = len(kept) == len(flat_targets)
     if not all_kept:
         flat_hidden, flat_targets = flat_hidden[kept], flat_targets[kept]
+    device = hidden.device.type
     strangers = (flat_targets < 0) | (flat_targets >= len(weight))
-    if strangers.any():
+    if device == "cpu" and strangers.any():  # a GPU's gather asserts by itself
         stranger = flat_targets[strangers][0].item()
         raise IndexError(f"target {stranger} is not a token of a vocabulary of {len(weight)}.")
 
-    device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if chunk_size is None:
         tile = TILE_ELEMENTS.get(device, TILE_ELEMENTS["cuda"])
-        chunk_size = max(tile // max(len(kept), 1), SMALLEST_CHUNK)
+        chunk_size = max(tile // max(len(flat_targets), 1), SMALLEST_CHUNK)
     results = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, chunk_size, dtype)
     if not all_kept:
         results = (x.new_zeros(targets.numel()).index_copy(0, kept, x) for x in results)

@@ -61,7 +61,8 @@ class DecoderModule(LightningModule):
         self.compile_blocks = compile
         self.init_seed = init_seed
         self.initial_weights: Path | None = None
-        self.lineage = 0
+        self.lineage: int | None = None
+        self.config_digest = ""
         self.decoder: Decoder | None = None
         self._batch: TokenBatch | None = None
         self._sums: dict[str, Tensor] = {}
@@ -100,7 +101,8 @@ class DecoderModule(LightningModule):
             for layer in decoder.model.layers:
                 layer.compile()
         if mesh is not None:
-            shard_decoder(decoder, mesh["data_parallel"])
+            mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            shard_decoder(decoder, mesh["data_parallel"], mixed)
         decoder.to_empty(device=device)
         init_weights(decoder, seed=self.init_seed)
         if self.initial_weights is None:
@@ -218,19 +220,20 @@ class DecoderModule(LightningModule):
         metrics = self.report(dict(zip(keys, values.tolist(), strict=True)))
         metrics["train/grad_norm"] = float(self._grad_norm)
         metrics["train/learning_rate"] = max(g["lr"] for g in self.optimizers().param_groups)
-        metrics["train/tokens"] = float(batch.next_position)
         ledger = getattr(self.trainer.datamodule, "ledger", None)
         if ledger is not None:
             metrics |= ledger()
         self.log_dict(metrics | self.step_metric())
 
     def step_metric(self) -> dict[str, float]:
-        """The x-axis of what is logged in training: completed optimiser steps.
+        """The x-axes of what is logged in training: completed optimiser steps, and tokens.
 
         Lightning would count the steps before this one, and validation differently.
         """
         fitting = self.trainer.state.fn == TrainerFn.FITTING
-        return {"step": float(self.trainer.global_step)} if fitting else {}
+        if not fitting:
+            return {}
+        return {"step": float(self.trainer.global_step), "train/tokens": float(self._next_position)}
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -247,7 +250,9 @@ class DecoderModule(LightningModule):
         }
         checkpoint["manifest"] = {
             "tokens": self._next_position,
-            "lineage": self.lineage,
+            "lineage": self.lineage or 0,
+            "parent": Path(self.trainer.ckpt_path).name if self.trainer.ckpt_path else None,
+            "config_digest": self.config_digest,
             "run_name": Path(self.trainer.default_root_dir).name,
         }
 
@@ -256,7 +261,9 @@ class DecoderModule(LightningModule):
         epoch_loop = self.trainer.fit_loop.epoch_loop
         step = checkpoint["global_step"]
         manifest = checkpoint.get("manifest", {})
-        self._next_position, self.lineage = manifest.get("tokens", 0), manifest.get("lineage", 0)
+        self._next_position = manifest.get("tokens", 0)
+        if self.lineage is None:
+            self.lineage = manifest.get("lineage", 0)
         epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
         epoch_loop._batches_that_stepped = step
 

@@ -37,7 +37,9 @@ class LanguageModeling(DecoderModule):
         return objective, {key: value.detach() for key, value in sums.items()}
 
     def _likelihood(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        head = partial(linear_cross_entropy, targets=batch.targets)
+        # Where nothing is masked, a GPU need not be asked what is.
+        ignored = None if batch.exact else IGNORE
+        head = partial(linear_cross_entropy, targets=batch.targets, ignore_index=ignored)
         return self.decoder(batch.tokens, batch.positions, batch.documents, head=head)
 
     def setup(self, stage: str) -> None:
@@ -59,12 +61,17 @@ class LanguageModeling(DecoderModule):
         self.bits_per_byte.update(nll, batch.targets, batch.sources)
 
     def on_validation_epoch_end(self) -> None:
-        metrics = {f"held_out/{name}": v for name, v in self.bits_per_byte.compute().items()}
+        self._log_bits_per_byte("held_out")
+
+    def _log_bits_per_byte(self, prefix: str) -> None:
+        metrics = {f"{prefix}/{name}": v for name, v in self.bits_per_byte.compute().items()}
         self.bits_per_byte.reset()
         self.log_dict(metrics | self.step_metric())
 
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
+    test_step = validation_step  # on all held-out text
+
+    def on_test_epoch_end(self) -> None:
+        self._log_bits_per_byte("test")
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor]:
         """Log-likelihood of every held-out token.

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from smol.errors import UserError
+
 
 def shard_decoder(
     decoder: nn.Module, mesh: DeviceMesh, mixed_precision: torch.dtype | None = None
@@ -56,13 +58,18 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         data_parallel_size: Ranks that share a copy of the parameters; None for all ranks that
             tensor parallelism leaves.
-        tensor_parallel_size: Ranks that share the work on one batch.
+        tensor_parallel_size: Must be 1.
         **kwargs: Further arguments of ``ModelParallelStrategy``.
     """
 
     def __init__(
         self, data_parallel_size: int | None = None, tensor_parallel_size: int = 1, **kwargs: Any
     ) -> None:
+        if tensor_parallel_size != 1:
+            raise UserError(
+                f"tensor_parallel_size is {tensor_parallel_size}; the decoder has no plan for "
+                "tensor parallelism yet: leave it at 1"
+            )
         super().__init__(
             data_parallel_size="auto" if data_parallel_size is None else data_parallel_size,
             tensor_parallel_size=tensor_parallel_size,
