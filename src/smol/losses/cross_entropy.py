@@ -70,7 +70,8 @@ def linear_cross_entropy(
     results = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, chunk_size, dtype)
     if not all_kept:
         results = (x.new_zeros(targets.numel()).index_copy(0, kept, x) for x in results)
-    nll, lse = (x.view(targets.shape) for x in results)
+    # Copies, because FSDP2 hooks what a forward returns and cannot hook views safely.
+    nll, lse = (x.view(targets.shape).clone() for x in results)
     return nll, lse
 
 

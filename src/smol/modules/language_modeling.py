@@ -66,7 +66,8 @@ class LanguageModeling(DecoderModule):
     def _log_bits_per_byte(self, prefix: str) -> None:
         metrics = {f"{prefix}/{name}": v for name, v in self.bits_per_byte.compute().items()}
         self.bits_per_byte.reset()
-        self.log_dict(metrics | self.step_metric())
+        # Equal on all ranks already; Lightning warns of what it is not told to average.
+        self.log_dict(metrics | self.step_metric(), sync_dist=True)
 
     test_step = validation_step  # on all held-out text
 
