@@ -35,7 +35,7 @@ def _layer_matmul_parameters(config: DecoderConfig) -> int:
     return config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
 
 
-def flops_per_token(config: DecoderConfig, context: int) -> float:
+def flops_per_token(config: DecoderConfig, context: float) -> float:
     """Training operations per token by PaLM's convention: attention over the whole context.
 
     Args:
