@@ -54,6 +54,11 @@ class Checkpoint(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        with trainer.profiler.profile("save_checkpoint"):
+            self._gather_and_write(trainer)
+        self._saved_step = trainer.global_step
+
+    def _gather_and_write(self, trainer: Trainer) -> None:
         # All ranks take part in gathering the state; the first one writes it.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         failure = None
@@ -64,7 +69,6 @@ class Checkpoint(Callback):
                 failure = error
         if trainer.strategy.broadcast(failure is not None):
             raise failure or RuntimeError("the first rank could not save a checkpoint")
-        self._saved_step = trainer.global_step
 
     def _write(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         store = FsspecStore(Path(trainer.default_root_dir, self.folder))
