@@ -26,6 +26,7 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # a training that failed leaves it on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -45,6 +45,9 @@ def run(line: str, home: Path) -> str:
     assert words[0] == "python"
     if words[1] == "src/train.py" and words[2] == "fit" and "--print_config" not in words:
         words += shlex.split(SHORT)
+        for stage, steps in {"stage2": "3", "stage3": "4"}.items():  # each after the one before
+            if f"configs/{stage}.yaml" in words:
+                words += ["--trainer.max_steps", steps]
     if "HUGGINGFACE_FOLDER" in words:
         words[words.index("HUGGINGFACE_FOLDER")] = str(tiny_huggingface_folder(home))
     done = subprocess.run(

@@ -111,6 +111,9 @@ class DecoderModule(LightningModule):
             copy_weights(decoder, self.initial_weights)
         self.decoder = decoder
 
+    def teardown(self, stage: str) -> None:
+        torch.set_flush_denormal(False)  # other code of this process may mean what it says
+
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self.decoder.named_parameters(), self.optimizer_config)
 
