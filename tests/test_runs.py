@@ -52,6 +52,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     assert find_start(tmp_path / "stage1").checkpoint == older
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_in_silence(tmp_path):
+    only = save(tmp_path / "stage1", 100)
+    (only / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="all 1 checkpoints .* are damaged; restore one"):
+        find_start(tmp_path / "stage1")
+
+
 @pytest.mark.parametrize("how", ["continues", "init_from"])
 def test_a_missing_predecessor_is_one_line_with_the_command_that_makes_it(tmp_path, how):
     with pytest.raises(UserError) as error:

@@ -4,6 +4,7 @@ This module stays light, so that help and mistyped commands answer at once; Ligh
 by `smol.lightning_cli` when there is something to run.
 """
 
+import errno
 import os
 import sys
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 COMMANDS = ("fit", "validate", "test", "predict")
 TEXT_FLAGS = {"name", "runs_dir", "continues", "init_from", "ckpt_path"}  # never read as YAML
+
+MACHINE_SAYS_NO = {
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT
+}  # fmt: skip
 
 HELP = """\
 usage: train.py COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
@@ -140,6 +145,8 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, UserError):
         lines = str(error).strip().splitlines() or [""]
         return lines[-1].removeprefix("smol.errors.UserError: ").strip()
+    if isinstance(error, OSError) and error.errno in MACHINE_SAYS_NO:
+        return f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
     return None
 
 

@@ -71,6 +71,12 @@ def find_start(
         lineage = _new_lineage(run_folder, own)
         reason = f"goes on from its own checkpoint {own}"
         return Start(checkpoint=own, lineage=lineage, reason=reason)
+    damaged = FsspecStore(run_folder / CHECKPOINTS).list()
+    if damaged:
+        raise UserError(
+            f"all {len(damaged)} checkpoints in {run_folder / CHECKPOINTS} are damaged; restore "
+            "one, or begin anew with --ckpt_path scratch"
+        )
     if continues is not None:
         found = _predecessor(run_folder.parent, continues)
         return Start(checkpoint=found, reason=f"continues {continues} from {found}")

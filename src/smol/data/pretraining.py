@@ -89,6 +89,10 @@ class Pretraining(LightningDataModule):
             "chunk_window": chunk_window,
         }.items():
             check_positive(f"data.{key}", number)
+        if seed < 0 or num_workers < 0:
+            raise UserError(
+                f"data.seed is {seed}, data.num_workers is {num_workers}; expected 0 or more"
+            )
         self.stages = {name: stage for name, stage in stages.items() if stage is not None}
         contexts = [s.context_length or context_length for s in self.stages.values()]
         self.shortest_context = shortest_context or min(contexts, default=context_length)

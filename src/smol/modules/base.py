@@ -1,6 +1,6 @@
 """What all training objectives share: decoder, optimiser, schedule, normalisation, logging."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from smol.checkpoints.weights import copy_weights
 from smol.data.batch import TokenBatch
+from smol.errors import UserError
 from smol.model import Decoder, DecoderConfig, RopeConfig, check_initialization, init_weights
 from smol.model.io import DESCRIPTION
 from smol.optim import (
@@ -260,6 +261,7 @@ class DecoderModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_shapes(checkpoint["state_dict"], self.state_dict())
         checkpoint.setdefault("lr_schedulers", [])
         epoch_loop = self.trainer.fit_loop.epoch_loop
         step = checkpoint["global_step"]
@@ -269,6 +271,22 @@ class DecoderModule(LightningModule):
             self.lineage = manifest.get("lineage", 0)
         epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
         epoch_loop._batches_that_stepped = step
+
+
+def check_shapes(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    """Compare the weights of a checkpoint with those of the model that is to go on from it.
+
+    Raises:
+        UserError: one is missing, left over, or of another shape.
+    """
+    for name in sorted(saved.keys() | current.keys()):
+        shapes = [tuple(s[name].shape) if name in s else None for s in (saved, current)]
+        if shapes[0] != shapes[1]:
+            there, here = (shape or "nothing" for shape in shapes)
+            raise UserError(
+                f"the checkpoint has {there} at '{name}', the configuration {here}; restore "
+                "model.decoder, or begin another run with --name or --ckpt_path scratch"
+            )
 
 
 def _change_accumulation(trainer: Any, accumulation: int) -> None:

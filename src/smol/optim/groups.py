@@ -1,5 +1,6 @@
 """Optimiser parameter groups by pattern, and the optimiser built from them."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,6 +66,18 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     fused: bool | None = None
     groups: dict[str, ParameterGroup | None] | None = None
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "learning_rate": (self.learning_rate, 0.0, math.inf),
+            "weight_decay": (self.weight_decay, 0.0, math.inf),
+            "eps": (self.eps, 0.0, math.inf),
+            "betas[0]": (self.betas[0], 0.0, 1.0),
+            "betas[1]": (self.betas[1], 0.0, 1.0),
+        }
+        for name, (value, least, end) in ranges.items():
+            if not least <= value < end:
+                raise UserError(f"optimizer {name} is {value}; expected {least} <= {name} < {end}")
 
 
 def parameter_groups(
