@@ -136,7 +136,7 @@ class Pretraining(LightningDataModule):
                     stream = TokenStream(source.path, cache=self.cache, verify=self.verify)
                     self._check_source(name, stream.card)
                     self._streams[name] = stream
-                elif known.path != TokenStream(source.path, cache=self.cache).path:
+                elif known.path != str(resolve(source.path)):
                     raise UserError(
                         f"source '{name}' has another path in stage '{stage_name}' ({source.path}) "
                         f"than before ({known.path}); give it another name there"

@@ -247,10 +247,11 @@ class Leg:
         epoch, window, offset = self._locate(k)
         if offset == 0 and (epoch, window) != (self.place.epoch, self.place.window):
             return Place(epoch, window)
-        labels = self._labels(epoch, window)[:offset]
+        chunks = self._chunks(epoch, window)
+        labels = self._labels(chunks, epoch, window)[:offset]
         states = tuple(
             chunk.after(state, self.block, int((labels == i).sum()))
-            for i, (chunk, state) in enumerate(self._chunks(epoch, window))
+            for i, (chunk, state) in enumerate(chunks)
         )
         return Place(epoch, window, states)
 
@@ -275,18 +276,19 @@ class Leg:
             return list(zip(chunks, self.place.states, strict=True))
         return [(chunk, chunk.fresh()) for chunk in chunks]
 
-    def _labels(self, epoch: int, window: int) -> np.ndarray:
+    def _labels(
+        self, chunks: list[tuple[_Chunk, ChunkState]], epoch: int, window: int
+    ) -> np.ndarray:
         """Which of the window's chunks supplies its blocks: a random interleaving."""
-        counts = [
-            chunk.available(state, self.block) for chunk, state in self._chunks(epoch, window)
-        ]
+        counts = [chunk.available(state, self.block) for chunk, state in chunks]
         labels = np.repeat(np.arange(len(counts)), counts)
         return labels[shuffled(len(labels), *self.order.key, epoch, 2, window, self.block)]
 
     def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Chunk index and first span of each block of the window, in reading order."""
-        labels = self._labels(epoch, window)
+        chunks = self._chunks(epoch, window)
+        labels = self._labels(chunks, epoch, window)
         starts = np.empty(len(labels), dtype=np.int64)
-        for i, (chunk, state) in enumerate(self._chunks(epoch, window)):
+        for i, (chunk, state) in enumerate(chunks):
             starts[labels == i] = chunk.starts(state, self.block)
         return self.order.window_chunks(epoch, window)[labels], starts

@@ -46,7 +46,7 @@ class TokenStream:
         cache: "ChunkCache | None" = None,
         verify: bool = True,
     ):
-        self.path = str(path) if is_url(path) else str(resolve(path))
+        self.path = str(resolve(path))
         self.split, self.cache, self.verify = split, cache, verify
         storage_options = cache.storage_options if cache else {}
         self.card: Card = read_card(self.path, storage_options)

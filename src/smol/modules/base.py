@@ -93,8 +93,8 @@ class DecoderModule(LightningModule):
             return
         device, mesh = self.trainer.strategy.root_device, self.device_mesh
         if device.type == "cpu":
-            # Trained weights make many numbers of 1e-38 and less, each of which costs a processor a
-            # hundred times the usual. Threads inherit this, so it comes before the first product.
+            # Trained weights make many numbers of 1e-38 and less, which slow a processor down (see
+            # docs/log.md). Threads inherit this, so it comes before the first product.
             torch.set_flush_denormal(True)
         with torch.device("meta"):
             decoder = Decoder(self.decoder_config, self.rope_config, self.attention)
