@@ -6,8 +6,8 @@ import numpy as np
 from lightning import Trainer
 
 from smol.checkpoints import SafeCheckpointIO
-from smol.data.curriculum import SourceConfig, StageConfig
 from smol.data.pretraining import Pretraining
+from smol.data.stages import SourceConfig, StageConfig
 from smol.model import DecoderConfig
 from smol.modules import LanguageModeling
 from smol.optim import WSD, OptimizerConfig

@@ -14,8 +14,8 @@ import yaml
 
 from smol.cli import main
 from smol.config import load_config
-from smol.data.curriculum import Segment, StageConfig, plan
 from smol.data.loader import Layout
+from smol.data.stages import Segment, StageConfig, plan
 from smol.lightning_cli import SmolCLI
 from smol.model import Decoder, DecoderConfig, num_parameters
 from smol.optim.groups import parameter_groups

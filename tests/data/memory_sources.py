@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from smol.data.curriculum import Curriculum, plan
+from smol.data.curriculum import Curriculum
 from smol.data.loader import Layout, PositionLoader
 from smol.data.spans import SourceOrder
+from smol.data.stages import plan
 
 EOS = 0
 

@@ -11,15 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smol.data.curriculum import (
-    Curriculum,
-    Segment,
-    SourceConfig,
-    StageConfig,
-    check_history,
-    plan,
-)
+from smol.data.curriculum import Curriculum, check_history
 from smol.data.spans import SourceOrder
+from smol.data.stages import Segment, SourceConfig, StageConfig, plan, skip
 from smol.errors import UserError
 
 SPAN, LONGEST = 8, 32
@@ -134,6 +128,58 @@ def test_changes_of_weights_batch_context_and_sources_read_no_token_twice_in_an_
                 assert lost < len(CHUNKS[name]) * LONGEST // SPAN
                 epoch = set()
             epoch.update(block)
+
+
+def run_with_faults(fates, interrupt_after=None):
+    """Train as the loader does: a step is taken, dropped, or it undoes so many steps before it.
+
+    Returns:
+        Of each attempt the completed steps before it, its samples and its stage.
+    """
+    curriculum, position, step, attempts, taken = build(STAGES), 0, 0, [], []
+    for i, fate in enumerate(fates):
+        segment = curriculum.segment(position)
+        attempts.append((step, steps(curriculum, position, 1), segment.stage))
+        before, position = position, position + segment.global_batch
+        if fate is None:
+            step += 1
+            taken.append(before)
+        else:
+            undone = min(fate, len(taken))
+            first = taken[-undone] if undone else before
+            del taken[len(taken) - undone :]
+            step -= undone
+            history = skip(curriculum.history(position), first, position)
+            curriculum = build(STAGES, history)
+        if i == interrupt_after:
+            saved = json.dumps([s.to_json() for s in curriculum.history(position)])
+            curriculum = build(STAGES, tuple(Segment.from_json(s) for s in json.loads(saved)))
+    assert curriculum.history(position)[-1].stop_step == step
+    return attempts
+
+
+fates = st.lists(st.sampled_from([None] * 12 + [0, 0, 1, 3, 9]), min_size=60, max_size=90)
+
+
+@given(fates, st.integers(0, 59))
+@settings(max_examples=60, deadline=None)
+def test_stages_begin_at_their_step_whatever_was_dropped_or_undone(fates, interrupt_after):
+    attempts = run_with_faults(fates)
+    for step, _, stage_name in attempts:
+        assert stage_name == [n for n, s in STAGES.items() if s.start_step <= step][-1]
+    assert run_with_faults(fates, interrupt_after) == attempts
+
+
+def test_skipped_stretches_are_kept_and_merged():
+    curriculum = build(STAGES)
+    history = skip(curriculum.history(1280 + 128), 1280 - 64, 1280 + 64)
+    history = skip(history, 1280 + 64, 1280 + 128)
+    assert [s.skipped for s in history] == [((1216, 1280),), ((1280, 1408),)]
+    assert [(s.start_step, s.stop_step) for s in history] == [(0, 19), (19, 19)]
+    again = build(STAGES, history)
+    assert again.segment(1408).stage == "one"  # one step of it is still to be taken
+    assert again.segment(1408 + 64).stage == "two"
+    assert again.position_of_step(20) == 1408 + 64
 
 
 def test_changed_configuration_opens_a_segment_and_leaves_the_past_alone():

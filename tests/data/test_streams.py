@@ -143,9 +143,10 @@ class TestObjectStore:
         """The loader over the store, with workers, against the loader over the disk."""
         from memory_sources import step_ids
 
-        from smol.data.curriculum import Curriculum, SourceConfig, StageConfig, plan
+        from smol.data.curriculum import Curriculum
         from smol.data.loader import Layout, PositionLoader
         from smol.data.spans import SourceOrder
+        from smol.data.stages import SourceConfig, StageConfig, plan
 
         url = s3.upload(source, "interrupted")
         cache = ChunkCache(tmp_path / "cache", 10**8, s3.storage_options)

@@ -10,8 +10,7 @@ from tiny import make_data, make_module, make_stages, make_trainer
 from smol.data.batch import IGNORE
 from smol.errors import UserError
 from smol.experiments import CSVLogger
-from smol.modules.base import clip_gradients
-from smol.optim import WSD, Cosine, OptimizerConfig
+from smol.optim import WSD, Cosine, OptimizerConfig, clip_gradients
 
 
 class Recorder(Callback):

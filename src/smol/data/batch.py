@@ -23,7 +23,6 @@ class TokenBatch:
         next_position: Tokens consumed after it.
         micro: Which of the step's micro-batches this is on this rank.
         accumulation: How many micro-batches of this rank make this optimiser step.
-        next_accumulation: How many will make the next one.
         step_tokens: Trained tokens in the whole global batch, or an upper bound of it.
         exact: Whether ``step_tokens`` is the exact number.
         stage: Name of the stage.
@@ -38,7 +37,6 @@ class TokenBatch:
     next_position: int = 0
     micro: int = 0
     accumulation: int = 1
-    next_accumulation: int = 1
     step_tokens: int = 0
     exact: bool = True
     stage: str = ""

@@ -5,198 +5,21 @@ each one the mixture, the context length and the global batch are constant. A po
 all there is to resume from: no iterator has a state, and workers, ranks and accumulation do not
 enter.
 
-Segments that lie behind the position are history and are kept as they were consumed. A changed
-configuration opens a new segment at the current position; a source whose context changes in
+What the segments are is planned in :mod:`smol.data.stages`. A source whose context changes in
 mid-epoch goes on with what is left of that epoch (see :mod:`smol.data.spans`).
 """
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 
 from smol.data.mixture import Mixture
 from smol.data.spans import Leg, SourceOrder
+from smol.data.stages import Segment
 from smol.errors import UserError
-
-
-@dataclass
-class SourceConfig:
-    """One source of a mixture.
-
-    Attributes:
-        path: Prepared folder (local or any fsspec URL).
-        weight: Share of the tokens, relative to the other sources of the mixture.
-        provenance: Where the source comes from; for people.
-    """
-
-    path: str
-    weight: float
-    provenance: str | None = None
-
-
-@dataclass
-class StageConfig:
-    """A stage: from some point on, this mixture at this context length.
-
-    Attributes:
-        mixture: Sources by name; ``null`` removes one that a lower file named.
-        start_step: First optimiser step of the stage (0-based), or give ``start_tokens``.
-        start_tokens: First token of the stage.
-        context_length: Tokens per sequence; by default the data module's.
-        global_batch_tokens: Tokens per optimiser step; by default the data module's.
-    """
-
-    mixture: dict[str, SourceConfig | None]
-    start_step: int | None = None
-    start_tokens: int | None = None
-    context_length: int | None = None
-    global_batch_tokens: int | None = None
-
-    @property
-    def sources(self) -> dict[str, SourceConfig]:
-        return {name: s for name, s in self.mixture.items() if s is not None and s.weight != 0}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of the curriculum in which nothing changes.
-
-    Attributes:
-        start: Position of its first token.
-        stop: Position after its last token; ``None`` while open.
-        start_step: Optimiser steps before it.
-        stage: Name of the stage it belongs to.
-        context: Tokens per sequence.
-        global_batch: Tokens per optimiser step.
-        weights: Source name to weight, as configured.
-        digests: Source name to the digest of its data.
-        tokens: Source name to tokens consumed in the segment; set when it is closed.
-    """
-
-    start: int
-    start_step: int
-    stage: str
-    context: int
-    global_batch: int
-    weights: dict[str, float]
-    digests: dict[str, str]
-    stop: int | None = None
-    tokens: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def stop_step(self) -> int:
-        return self.start_step + (self.stop - self.start) // self.global_batch
-
-    def same_data(self, other: "Segment") -> bool:
-        """Whether the other segment would go on exactly as this one."""
-        keys = ("stage", "context", "global_batch", "weights", "digests")
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, state: dict) -> "Segment":
-        return cls(**state)
-
-
-def plan(
-    stages: Mapping[str, StageConfig],
-    digests: Mapping[str, str],
-    context_length: int,
-    global_batch_tokens: int,
-    history: tuple[Segment, ...] = (),
-) -> list[Segment]:
-    """All segments of a run: its history, and what its stages say of the time after it.
-
-    Args:
-        stages: Stages by name, in any order.
-        digests: Source name to the digest of its data.
-        context_length: Context of the stages that name none.
-        global_batch_tokens: Global batch of the stages that name none.
-        history: Closed segments; planning goes on where the last one stops.
-
-    Returns:
-        Segments in order, the last one open. If the last segment of the history simply goes on, it
-        is opened again rather than followed by its twin.
-
-    Raises:
-        UserError: no stage starts at 0, two start at the same point, or a batch does not divide.
-    """
-    position = history[-1].stop if history else 0
-    step = history[-1].stop_step if history else 0
-    ordered = _ordered(stages)
-    segments: list[Segment] = []
-    for name, stage in ordered:
-        check_positive(f"stage '{name}': global_batch_tokens", stage.global_batch_tokens)
-        check_positive(f"stage '{name}': context_length", stage.context_length)
-        batch = stage.global_batch_tokens or global_batch_tokens
-        context = stage.context_length or context_length
-        if batch % context:
-            raise UserError(
-                f"stage '{name}': global_batch_tokens {batch} is not a multiple of context_length "
-                f"{context}; use {max(1, round(batch / context)) * context}"
-            )
-        start, start_step = position, step
-        if segments:
-            current = segments[-1]
-            if stage.start_tokens is not None:
-                steps = -(-(stage.start_tokens - current.start) // current.global_batch)
-            else:
-                steps = stage.start_step - current.start_step
-            if steps <= 0:  # it begins before the current position: it replaces what precedes it
-                segments.pop()
-            else:
-                start = current.start + steps * current.global_batch
-                start_step = current.start_step + steps
-                segments[-1] = replace(current, stop=start)
-        sources = stage.sources
-        segments.append(
-            Segment(
-                start=start,
-                start_step=start_step,
-                stage=name,
-                context=context,
-                global_batch=batch,
-                weights={source: sources[source].weight for source in sorted(sources)},
-                digests={source: digests[source] for source in sorted(sources)},
-            )
-        )
-    if history and history[-1].same_data(segments[0]):
-        segments[0] = replace(history[-1], stop=segments[0].stop, tokens={})
-        history = history[:-1]
-    return [*history, *segments]
-
-
-def _ordered(stages: Mapping[str, StageConfig]) -> list[tuple[str, StageConfig]]:
-    """Stages by their start. Steps and tokens may be mixed only if the order is clear."""
-    if not stages:
-        raise UserError("data.stages is empty; expected at least one stage with start_step: 0")
-    for name, stage in stages.items():
-        if (stage.start_step is None) == (stage.start_tokens is None):
-            raise UserError(f"stage '{name}' needs exactly one of start_step and start_tokens")
-        if not stage.sources:
-            raise UserError(f"stage '{name}' has no source with a positive weight in its mixture")
-    by_tokens = {stage.start_step is None for _, stage in stages.items() if stage.start_step != 0}
-    if len(by_tokens) > 1:
-        raise UserError(
-            "data.stages mixes start_step and start_tokens; give all stages one of them"
-        )
-
-    def start(item: tuple[str, StageConfig]) -> int:
-        return item[1].start_step if item[1].start_step is not None else item[1].start_tokens
-
-    ordered = sorted(stages.items(), key=start)
-    if start(ordered[0]) != 0:
-        raise UserError(f"the first stage, '{ordered[0][0]}', starts at {start(ordered[0])}, not 0")
-    for a, b in pairwise(ordered):
-        if start(a) == start(b):
-            raise UserError(f"stages '{a[0]}' and '{b[0]}' both start at {start(a)}")
-    return ordered
 
 
 @dataclass(frozen=True)
@@ -293,10 +116,11 @@ class Curriculum:
         return self._at(position).segment
 
     def position_of_step(self, step: int) -> int:
-        """Position of the first token of an optimiser step, if every step consumes one batch."""
+        """Position of the first token of an optimiser step, if no step from now on is dropped."""
         i = bisect_right([s.start_step for s in self.segments], step) - 1
         segment = self.segments[i]
-        return segment.start + (step - segment.start_step) * segment.global_batch
+        trained = (step - segment.start_step) * segment.global_batch
+        return segment.start + trained + segment.skipped_tokens
 
     def _step_samples(self, position: int) -> Samples:
         """All sequences of the optimiser step that begins at ``position``."""
@@ -364,16 +188,6 @@ def check_context(context: int, span: int, longest: int) -> None:
             f"context_length {context} exceeds longest_context {longest}, fixed when a run "
             "begins; begin a new one from its weights with init_from"
         )
-
-
-def check_positive(key: str, number: int | None) -> None:
-    """Refuse 0 and less; ``None`` stands for a default.
-
-    Raises:
-        UserError: it is so.
-    """
-    if number is not None and number < 1:
-        raise UserError(f"{key} is {number}; expected a number of at least 1")
 
 
 def check_history(history: tuple[Segment, ...], curriculum: Curriculum) -> None:

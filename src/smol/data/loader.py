@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smol.data.batch import TokenBatch, token_tensors
-from smol.data.curriculum import Curriculum, Segment
+from smol.data.curriculum import Curriculum
+from smol.data.stages import Segment
 from smol.data.streams import TokenStream
 from smol.errors import UserError
 
@@ -88,7 +89,6 @@ class _MicroBatches(Dataset):
             next_position=next_position,
             micro=micro,
             accumulation=layout.accumulation(segment),
-            next_accumulation=layout.accumulation(self.curriculum.segment(next_position)),
             step_tokens=segment.global_batch,
             stage=segment.stage,
         )
@@ -164,6 +164,11 @@ class PositionLoader:
             raise ValueError(f"position {position} is not the beginning of an optimiser step")
         self.position = position
         self._seeks += 1
+
+    def replan(self, curriculum: Curriculum) -> None:
+        """Go on from the same position with another plan of what comes next."""
+        self.curriculum = self._dataset.curriculum = curriculum
+        self.seek(self.position)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         while True:

@@ -10,16 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from smol.data.batch import IGNORE, TokenBatch, token_tensors
 from smol.data.card import Card
-from smol.data.curriculum import (
-    Curriculum,
-    Segment,
-    StageConfig,
-    check_history,
-    check_positive,
-    plan,
-)
+from smol.data.curriculum import Curriculum, check_history
 from smol.data.loader import Layout, PositionLoader
 from smol.data.spans import SourceOrder
+from smol.data.stages import Segment, StageConfig, check_positive, plan, skip
 from smol.data.streams import ChunkCache, TokenStream
 from smol.data.tokenizer import Tokenizer, load_tokenizer
 from smol.errors import UserError
@@ -183,18 +177,18 @@ class Pretraining(LightningDataModule):
 
     # -- training --------------------------------------------------------------------------------
 
-    def build_curriculum(self) -> Curriculum:
+    def build_curriculum(self, history: tuple[Segment, ...] = ()) -> Curriculum:
         """The whole run: what was consumed, and what the stages say of the rest."""
         segments = plan(
-            self.stages, self.digests, self.context_length, self.global_batch_tokens, self._history
+            self.stages, self.digests, self.context_length, self.global_batch_tokens, history
         )
         curriculum = Curriculum(segments, self.orders, self.digests)
-        check_history(self._history, curriculum)
+        check_history(history, curriculum)
         return curriculum
 
     def train_dataloader(self) -> PositionLoader:
         """The endless loader, at the position that was restored."""
-        curriculum = self.build_curriculum()
+        curriculum = self.build_curriculum(self._history)
         self.loader = PositionLoader(
             curriculum, self._streams, self.tokenizer.eos_id, self._layout(), self.num_workers
         )
@@ -206,6 +200,15 @@ class Pretraining(LightningDataModule):
     def consume(self, position: int) -> None:
         """Called by the module when an optimiser step has ended."""
         self.loader.consume(position)
+
+    def skip(self, start: int, stop: int) -> None:
+        """The optimiser steps on what was read from ``start`` to ``stop`` were dropped or undone.
+
+        The data counts as consumed; stages that begin at a later step begin as much later in the
+        data.
+        """
+        history = skip(self.loader.curriculum.history(self.loader.position), start, stop)
+        self.loader.replan(self.build_curriculum(history))
 
     @property
     def accumulation(self) -> int:

@@ -1,6 +1,6 @@
 """What all training objectives share: decoder, optimiser, schedule, normalisation, logging."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from smol.checkpoints.weights import copy_weights
@@ -17,11 +16,14 @@ from smol.data.batch import TokenBatch
 from smol.errors import UserError
 from smol.model import Decoder, DecoderConfig, RopeConfig, check_initialization, init_weights
 from smol.model.io import DESCRIPTION
+from smol.modules.steps import move_step_count, rewind_loggers
 from smol.optim import (
     Constant,
     OptimizerConfig,
     Schedule,
     build_optimizer,
+    clip_gradients,
+    gradient_norm,
     set_learning_rates,
 )
 from smol.parallel.fsdp import shard_decoder
@@ -61,6 +63,7 @@ class DecoderModule(LightningModule):
         self.schedule = schedule or Constant()
         self.compile_blocks = compile
         self.init_seed = init_seed
+        self.learning_rate_scale = 1.0  # a factor for whoever has to slow the training down
         self.initial_weights: Path | None = None
         self.lineage: int | None = None
         self.config_digest = ""
@@ -125,9 +128,7 @@ class DecoderModule(LightningModule):
         if accumulation is not None:
             self.trainer.accumulate_grad_batches = accumulation
         self.trainer.val_check_batch = float("inf")
-        for logger in self.trainer.loggers:
-            if hasattr(logger, "rewind"):
-                logger.rewind(self.trainer.global_step)
+        rewind_loggers(self.trainer)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Forward one micro-batch.
@@ -141,21 +142,40 @@ class DecoderModule(LightningModule):
         else:
             self._sums = {key: self._sums[key] + value for key, value in sums.items()}
         self._batch, self._next_position = batch, batch.next_position
+        self._grad_norm, self._dropped = None, False
         # Lightning divides by the accumulation, and gradients are averaged over the ranks.
         return objective * (self._ranks * batch.accumulation / batch.step_tokens)
 
     def on_after_backward(self) -> None:
         """Once the whole window is in, replace an estimated number of tokens by the true one."""
-        batch, self._dropped = self._batch, False
+        batch = self._batch
         if batch.exact or batch.micro < batch.accumulation - 1:
             return
         tokens = float(self.trainer.strategy.reduce(self._sums["tokens"].clone(), reduce_op="sum"))
-        self._dropped = tokens == 0
+        if tokens == 0:
+            self.drop_step()
+            return
         for parameter in self.decoder.parameters():
-            if self._dropped:
-                parameter.grad = None  # the optimiser passes over it: no moment, no decay, no tick
-            elif parameter.grad is not None:
+            if parameter.grad is not None:
                 parameter.grad.mul_(batch.step_tokens / tokens)
+
+    def drop_step(self) -> None:
+        """Do not take the optimiser step whose gradients are there; to be called on all ranks.
+
+        Its data counts as read, but it is neither a step nor a tick of the schedule.
+        """
+        self._dropped = True
+        for parameter in self.decoder.parameters():
+            parameter.grad = None  # the optimiser passes over it: no moment, no decay, no tick
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the step's gradients before clipping, a scalar; all ranks have to ask for it.
+
+        Whoever changes gradients does so before anybody asks: it is computed once for each step.
+        """
+        if self._grad_norm is None:
+            self._grad_norm = gradient_norm(self.decoder.parameters())
+        return self._grad_norm
 
     @property
     def _ranks(self) -> int:
@@ -166,22 +186,17 @@ class DecoderModule(LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None
     ) -> None:
         """Set the hyper-parameters of this step, then take it."""
-        set_learning_rates(
-            optimizer, self.optimizer_config, self.schedule(self.trainer.global_step)
-        )
+        factor = self.schedule(self.trainer.global_step) * self.learning_rate_scale
+        set_learning_rates(optimizer, self.optimizer_config, factor)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self._stepped = True
+        data = self.trainer.datamodule
+        if hasattr(data, "consume"):
+            data.consume(self._next_position)
         if self._dropped:
-            self._uncount_step()
-        consume = getattr(self.trainer.datamodule, "consume", None)
-        if consume is not None:
-            consume(self._next_position)
-
-    def _uncount_step(self) -> None:
-        """A dropped step consumes data, but is neither a step nor a tick of the schedule."""
-        epoch_loop = self.trainer.fit_loop.epoch_loop
-        epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed -= 1
-        epoch_loop._batches_that_stepped -= 1
+            move_step_count(self.trainer, -1)
+            if hasattr(data, "skip"):
+                data.skip(self._batch.position, self._next_position)
 
     def configure_gradient_clipping(
         self,
@@ -189,9 +204,8 @@ class DecoderModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm, parameters being whole or sharded, and keep it for the log."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._grad_norm = clip_gradients(parameters, gradient_clip_val)
+        """Clip the global norm, parameters being whole or sharded."""
+        clip_gradients(self.decoder.parameters(), gradient_clip_val, self.gradient_norm())
 
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
         trainer = self.trainer
@@ -199,8 +213,9 @@ class DecoderModule(LightningModule):
         if not self._stepped:
             return
         self._stepped = False
-        if batch.next_accumulation != batch.accumulation:
-            _change_accumulation(trainer, batch.next_accumulation)
+        accumulation = getattr(trainer.datamodule, "accumulation", batch.accumulation)
+        if accumulation != batch.accumulation:
+            _change_accumulation(trainer, accumulation)
         if trainer.global_step % trainer.log_every_n_steps == 0 and not self._dropped:
             self._log(batch)
 
@@ -263,14 +278,11 @@ class DecoderModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_shapes(checkpoint["state_dict"], self.state_dict())
         checkpoint.setdefault("lr_schedulers", [])
-        epoch_loop = self.trainer.fit_loop.epoch_loop
-        step = checkpoint["global_step"]
         manifest = checkpoint.get("manifest", {})
         self._next_position = manifest.get("tokens", 0)
         if self.lineage is None:
             self.lineage = manifest.get("lineage", 0)
-        epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
-        epoch_loop._batches_that_stepped = step
+        move_step_count(self.trainer, checkpoint["global_step"] - self.trainer.global_step)
 
 
 def check_shapes(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
@@ -294,18 +306,3 @@ def _change_accumulation(trainer: Any, accumulation: int) -> None:
     trainer.accumulate_grad_batches = accumulation
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     progress.ready = -(-progress.ready // accumulation) * accumulation
-
-
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scale gradients so that their joint L2 norm is at most ``max_norm``; ``None`` only measures.
-
-    Returns:
-        The norm before clipping, a scalar on the device; whole also where gradients are sharded.
-    """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm

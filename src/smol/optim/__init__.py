@@ -1,5 +1,6 @@
 """Parameter groups, optimisers and learning-rate schedules."""
 
+from smol.optim.clipping import clip_gradients, gradient_norm
 from smol.optim.groups import (
     OptimizerConfig,
     ParameterGroup,
@@ -21,6 +22,8 @@ __all__ = [
     "Schedule",
     "apply_hyperparameters",
     "build_optimizer",
+    "clip_gradients",
+    "gradient_norm",
     "parameter_groups",
     "set_learning_rates",
 ]

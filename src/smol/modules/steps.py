@@ -1,0 +1,17 @@
+"""The optimiser steps of a Trainer, as Lightning counts them."""
+
+from typing import Any
+
+
+def move_step_count(trainer: Any, difference: int) -> None:
+    """Change ``trainer.global_step``, and the count that Lightning logs by, by so many steps."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += difference
+    epoch_loop._batches_that_stepped += difference
+
+
+def rewind_loggers(trainer: Any) -> None:
+    """Take back what loggers that can do so hold of steps after the present one."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "rewind"):
+            logger.rewind(trainer.global_step)
