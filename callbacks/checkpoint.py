@@ -36,27 +36,27 @@ class Checkpoint(Callback):
         if keep < 2:
             raise UserError(f"keep is {keep}; at least 2, so that a damaged one can be replaced")
         self.every, self.keep, self.folder = every, keep, folder
-        self._saved_step: int | None = None
+        self._saved: tuple[int, int] | None = None  # lineage and step
         self._sound: set[str] = set()  # keys written or verified by this process
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = trainer.global_step
+        self._saved = _place(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if self.every and step % self.every == 0 and step != self._saved_step:
+        due = self.every and trainer.global_step % self.every == 0
+        if due and _place(trainer) != self._saved:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._saved_step:
+        if _place(trainer) != self._saved:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         with trainer.profiler.profile("save_checkpoint"):
             self._gather_and_write(trainer)
-        self._saved_step = trainer.global_step
+        self._saved = _place(trainer)
 
     def _gather_and_write(self, trainer: Trainer) -> None:
         # All ranks take part in gathering the state; the first one writes it.
@@ -94,3 +94,8 @@ class Checkpoint(Callback):
                 return False
             self._sound.add(info.key)
         return True
+
+
+def _place(trainer: Trainer) -> tuple[int, int]:
+    """Where a run is: a rollback comes to the same step again, on another lineage."""
+    return getattr(trainer.lightning_module, "lineage", None) or 0, trainer.global_step

@@ -1,8 +1,6 @@
 """Whether the logits stay where they are."""
 
 import math
-from collections import deque
-from statistics import median
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.events import record
+from callbacks.robust_window import RobustWindow
 
 
 class ZLossMonitor(Callback):
@@ -57,8 +56,8 @@ class ZLossMonitor(Callback):
         patience: int = 3,
     ):
         self.threshold, self.limit = threshold, limit
-        self.least, self.patience = least, patience
-        self._accepted: deque[float] = deque(maxlen=window)
+        self.patience = patience
+        self._usual = RobustWindow(window, least, relative=0.1, absolute=0.1)
         self._far = 0
         self._hook: Any = None
 
@@ -111,20 +110,16 @@ class ZLossMonitor(Callback):
         self._watch(trainer, mean, math.sqrt(targets))
 
     def _watch(self, trainer: Trainer, mean: float, target_rms: float) -> None:
-        usual = median(self._accepted) if self._accepted else mean
-        deviations = [abs(value - usual) for value in self._accepted]
-        sigma = 1.4826 * median(deviations) if deviations else 0.0
-        sigma = max(sigma, 0.1 * abs(usual), 0.1)
         # Written so that a value that is no number counts as far.
-        near = len(self._accepted) < self.least or abs(mean - usual) <= self.threshold * sigma
-        if near and target_rms <= self.limit:
-            self._accepted.append(mean)
+        if abs(self._usual.deviation(mean)) <= self.threshold and target_rms <= self.limit:
+            self._usual.accept(mean)
             self._far = 0
             return
         self._far += 1
         if self._far == self.patience:
+            usual = self._usual.usual
             message = (
-                f"log-partition {mean:.2f}, usually {usual:.2f} ± {sigma:.2f}; "
+                f"log-partition {mean:.2f}, usually {usual:.2f} ± {self._usual.sigma:.2f}; "
                 f"target logits {target_rms:.2f}, limit {self.limit:g}"
             )
             values = {"log_partition_mean": mean, "usual": usual, "target_logit_rms": target_rms}
@@ -140,9 +135,8 @@ class ZLossMonitor(Callback):
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"accepted": list(self._accepted), "far": self._far}
+        return {"accepted": list(self._usual.values), "far": self._far}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._accepted.clear()
-        self._accepted.extend(state_dict["accepted"])
+        self._usual.reset(state_dict["accepted"])
         self._far = state_dict["far"]

@@ -1,0 +1,210 @@
+"""Keeps numbers that are not finite, and spikes, out of the weights."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from callbacks.events import record
+from callbacks.forensics import find_non_finite, first_non_finite_module, write_forensics
+from callbacks.rollback_points import RollbackPoints
+from callbacks.spike_detector import SpikeDetector
+from smol.errors import UserError
+from smol.modules.snapshot import Clock
+from smol.modules.steps import rewind_loggers
+from smol.optim import gradient_norm
+
+
+class NaNRollback(Callback):
+    """Drops a bad optimiser step; when it comes back, returns to an earlier state and other data.
+
+    A step is bad when the loss of any micro-batch or the gradient norm is not finite on any
+    process, or when either is a spike: its robust z-score (median and median deviation of the last
+    accepted steps; of the norm, the logarithm's) is above a threshold. All processes learn of it by
+    one all-reduced pair of numbers, before the step can touch a weight or a moment.
+
+    1. A bad step is dropped: its data counts as read, but it is neither a step nor a tick of the
+       schedule.
+    2. A second one within ``recurs`` steps undoes what may have caused it: back to the newest
+       snapshot in memory that is ``age`` steps old, to an older one when that was tried before, to
+       a checkpoint of the run when there is none. What was read since then is not read again.
+    3. From the second rollback within ``budget_steps`` the learning rate is cut. After
+       ``max_rollbacks`` the run ends, and leaves a folder ``nan_rollback/step-...`` with the
+       micro-batches, norms and the first module whose output is not finite.
+
+    After a dropped step or a rollback all goes on as in a run whose data never contained what was
+    read in between. Each is an event. Snapshots are kept in the memory of the host: with AdamW 12
+    bytes for each parameter of this process, times ``snapshots``.
+
+    .. code-block:: yaml
+
+        callbacks:
+          nan_rollback:
+            class_path: callbacks.NaNRollback
+            init_args: {spike: 10.0, snapshot_every: 100, max_rollbacks: 3}
+
+    Args:
+        spike: Threshold of the z-score; ``null`` for numbers that are not finite only.
+        window: Accepted steps that a step is compared with.
+        warmup: Accepted steps, from the start and after every change of stage or context, before
+            anything is a spike.
+        recurs: A bad step within so many attempts after another has come back.
+        snapshot_every: Steps between snapshots.
+        snapshots: How many are kept, at least 2.
+        age: Steps after which a snapshot is taken to be older than the damage.
+        max_rollbacks: Rollbacks within ``budget_steps`` attempts.
+        budget_steps: See ``max_rollbacks``.
+        learning_rate_cut: Factor of the learning rate, kept until the end of the run.
+        checkpoints: Folder of the run's checkpoints in the run folder.
+    """
+
+    order = 100
+
+    def __init__(
+        self,
+        spike: float | None = 10.0,
+        window: int = 128,
+        warmup: int = 64,
+        recurs: int = 10,
+        snapshot_every: int = 100,
+        snapshots: int = 2,
+        age: int = 20,
+        max_rollbacks: int = 3,
+        budget_steps: int = 1000,
+        learning_rate_cut: float = 0.5,
+        checkpoints: str = "checkpoints",
+    ):
+        if snapshots < 2 or not 0 <= age <= snapshot_every * (snapshots - 1):
+            raise UserError(
+                f"NaNRollback snapshots {snapshots}, snapshot_every {snapshot_every}, age {age}: "
+                "expected at least 2 snapshots, and age up to snapshot_every x (snapshots - 1), "
+                "or none would be old enough"
+            )
+        self.recurs = recurs
+        self.max_rollbacks, self.budget_steps = max_rollbacks, budget_steps
+        self.learning_rate_cut, self.learning_rate_scale = learning_rate_cut, 1.0
+        self.points = RollbackPoints(snapshot_every, snapshots, age, checkpoints)
+        self.detector = SpikeDetector(spike, window, warmup)
+        self.attempts = self.dropped = 0
+        self.rollbacks: list[int] = []  # attempts that ended in one
+        self._last_bad: int | None = None
+        self._losses: list[Tensor] = []
+        self._batches: list[Any] = []
+        self._verdict: dict[str, Any] | None = None
+        self._point: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if hasattr(pl_module, "learning_rate_scale"):
+            pl_module.learning_rate_scale = self.learning_rate_scale
+        self.points.begin(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._batches:
+            self.points.take_if_due(trainer, pl_module)
+            self._before = Clock(trainer)
+            self.detector.begin(batch)
+        self._batches.append(batch)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        self._losses.append(loss.detach().float())
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = getattr(pl_module, "gradient_norm", lambda: gradient_norm(parameters))()
+        sums = torch.stack([torch.stack(self._losses).sum(), norm.float()])
+        # A sum with a number that is none is none itself, so this tells of all of them.
+        loss, norm = trainer.strategy.reduce(sums, reduce_op="mean").tolist()
+        self.attempts += 1
+        reason = self.detector.judge(loss, norm)
+        if reason is None:
+            return
+        again = self._last_bad is not None and self.attempts - self._last_bad <= self.recurs
+        self._last_bad = self.attempts
+        self._verdict = {"reason": reason, "loss": loss, "gradient_norm": norm}
+        self._verdict |= find_non_finite(trainer, pl_module, self._losses)
+        self._point = self._point_to_return_to(trainer, pl_module) if again else None
+        if hasattr(pl_module, "drop_step"):
+            pl_module.drop_step()
+        for parameter in parameters:
+            parameter.grad = None  # the optimiser passes over it
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        verdict, self._verdict = self._verdict, None
+        self._losses, self._batches = [], []
+        if verdict is None:
+            if trainer.global_step % trainer.log_every_n_steps == 0:
+                counts = {"dropped_steps": self.dropped, "rollbacks": len(self.rollbacks)}
+                pl_module.log_dict({f"nan_rollback/{k}": float(v) for k, v in counts.items()})
+        elif self._point is None:
+            self._before.restore(trainer)
+            self.dropped += 1
+            record(trainer, "dropped_step", verdict["reason"], **verdict)
+        else:
+            self._roll_back(trainer, pl_module, verdict)
+
+    def _point_to_return_to(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """The state to go back to; ends the run where there is none left."""
+        with trainer.precision_plugin.train_step_context():
+            module = first_non_finite_module(pl_module, self._batches)
+        self._verdict["first_non_finite_module"] = module
+        recent = [a for a in self.rollbacks if self.attempts - a < self.budget_steps]
+        point = self.points.choose(trainer)
+        if point is not None and len(recent) < self.max_rollbacks:
+            if recent:
+                self.learning_rate_scale *= self.learning_rate_cut
+            return point
+        spent = f"{len(recent)} rollbacks within {self.budget_steps} steps"
+        self._verdict["why"] = why = "no state to go back to" if point is None else spent
+        folder = write_forensics(trainer, pl_module, self._batches, self._verdict)
+        record(trainer, "diverged", f"{self._verdict['reason']}; {why}", **self._verdict)
+        raise UserError(
+            f"training diverged at step {trainer.global_step}: {self._verdict['reason']}, after "
+            f"{why}; what is known is in {folder}; use a lower learning rate, or other data"
+        )
+
+    def _roll_back(
+        self, trainer: Trainer, pl_module: LightningModule, verdict: dict[str, Any]
+    ) -> None:
+        step, data = trainer.global_step, trainer.datamodule
+        position = self.points.restore(trainer, pl_module, self._point)
+        if hasattr(data, "skip"):
+            data.skip(position, data.loader.position)
+        if hasattr(pl_module, "lineage"):
+            # What is saved from now on is newer than what was saved on the way that was left.
+            pl_module.lineage = (pl_module.lineage or 0) + 1
+        if hasattr(pl_module, "learning_rate_scale"):
+            pl_module.learning_rate_scale = self.learning_rate_scale
+        rewind_loggers(trainer)
+        self.rollbacks.append(self.attempts)
+        self._last_bad = None
+        message = f"from step {step:,}, with other data: {verdict['reason']}"
+        verdict |= {"from_step": step, "learning_rate_scale": self.learning_rate_scale}
+        record(trainer, "rollback", message, **verdict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "attempts": self.attempts,
+            "dropped": self.dropped,
+            "rollbacks": self.rollbacks,
+            "last_bad": self._last_bad,
+            "learning_rate_scale": self.learning_rate_scale,
+            "detector": self.detector.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.attempts, self.dropped = state_dict["attempts"], state_dict["dropped"]
+        self.rollbacks, self._last_bad = list(state_dict["rollbacks"]), state_dict["last_bad"]
+        self.learning_rate_scale = state_dict["learning_rate_scale"]
+        self.detector.load_state_dict(state_dict["detector"])

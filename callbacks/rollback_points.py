@@ -1,0 +1,111 @@
+"""The states that a run can return to: snapshots in memory, then its checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from callbacks.events import record
+from smol.checkpoints.store import FsspecStore
+from smol.errors import UserError
+from smol.modules.snapshot import Snapshot
+from smol.modules.steps import move_step_count
+
+
+@dataclass
+class _Point:
+    """A snapshot, and what is known of it.
+
+    Attributes:
+        proven: It is sound whatever its age: the run began with it, or returned to it.
+        tried: The run has returned to it before.
+    """
+
+    snapshot: Snapshot
+    proven: bool = False
+    tried: bool = False
+
+    @property
+    def step(self) -> int:
+        return self.snapshot.clock.step
+
+
+class RollbackPoints:
+    """Takes snapshots and says which one is old enough.
+
+    Args:
+        every: Optimiser steps between snapshots.
+        number: How many are kept.
+        age: Steps after which one is taken to be older than the damage.
+        checkpoints: Folder of the run's checkpoints in the run folder.
+    """
+
+    def __init__(self, every: int, number: int, age: int, checkpoints: str):
+        self.every, self.number, self.age = every, number, age
+        self.checkpoints = checkpoints
+        self._kept: list[_Point] = []
+        self._tried: set[Path] = set()
+
+    def begin(self, trainer: Any, pl_module: Any) -> None:
+        """A run goes on from a state that was verified."""
+        self._kept = [_Point(Snapshot(trainer, pl_module), proven=True)]
+
+    def take_if_due(self, trainer: Any, pl_module: Any) -> None:
+        step = trainer.global_step
+        if step % self.every or (self._kept and self._kept[-1].step >= step):
+            return
+        with trainer.profiler.profile("save_checkpoint"):
+            if len(self._kept) == self.number:
+                snapshot = self._kept.pop(0).snapshot
+                snapshot.take(trainer, pl_module)
+            else:
+                snapshot = Snapshot(trainer, pl_module)
+        sound = torch.tensor(float(snapshot.is_finite()), device=trainer.strategy.root_device)
+        if float(trainer.strategy.reduce(sound, reduce_op="mean")) == 1:
+            self._kept.append(_Point(snapshot))
+        else:
+            record(trainer, "snapshot_not_finite", "a weight or a moment is not finite")
+
+    def choose(self, trainer: Any) -> _Point | Path | None:
+        """The newest state that is old enough and was not tried; all ranks choose the same."""
+        step = trainer.global_step
+        for i in reversed(range(len(self._kept))):
+            point = self._kept[i]
+            if not point.tried and (point.proven or step - point.step >= self.age):
+                return point
+        path = self._newest_checkpoint(trainer, step - self.age) if trainer.is_global_zero else None
+        return trainer.strategy.broadcast(path)
+
+    def _newest_checkpoint(self, trainer: Any, last_step: int) -> Path | None:
+        store = FsspecStore(Path(trainer.default_root_dir, self.checkpoints))
+        for info in reversed(store.list()):
+            path = store.load_path(info)
+            if info.manifest.step > last_step or path in self._tried:
+                continue
+            try:
+                store.verify(info)
+            except UserError:
+                continue
+            return path
+        return None
+
+    def restore(self, trainer: Any, pl_module: Any, point: _Point | Path) -> int | None:
+        """Return to a state; newer snapshots are forgotten.
+
+        Returns:
+            Its position in the data; ``None`` if the data does not count it.
+        """
+        if isinstance(point, _Point):
+            point.snapshot.restore(trainer, pl_module)
+            self._kept = [p for p in self._kept if p.step <= point.step]
+            point.proven = point.tried = True
+            return point.snapshot.clock.position
+        self._tried.add(point)
+        strategy = trainer.strategy
+        checkpoint = strategy.load_checkpoint(point)
+        strategy.load_model_state_dict(checkpoint)
+        strategy.load_optimizer_state_dict(checkpoint)
+        move_step_count(trainer, checkpoint["global_step"] - trainer.global_step)
+        self._kept = [_Point(Snapshot(trainer, pl_module), proven=True, tried=True)]
+        return checkpoint.get("manifest", {}).get("tokens")
