@@ -284,7 +284,7 @@ class TestBitsPerByte:
 
     def test_does_not_depend_on_the_number_of_ranks(self, sources):
         from smol.data.loader import Layout
-        from smol.data.pretraining import HeldOut
+        from smol.data.held_out import HeldOut
         from smol.data.streams import TokenStream
 
         names = ("cats", "dogs")

@@ -1,19 +1,18 @@
 """The LightningDataModule of pretraining: stages of mixtures of prepared token streams."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from smol.data.batch import IGNORE, TokenBatch, token_tensors
 from smol.data.card import Card
 from smol.data.curriculum import Curriculum, check_history
+from smol.data.held_out import HeldOut
 from smol.data.loader import Layout, PositionLoader
 from smol.data.spans import SourceOrder
-from smol.data.stages import Segment, StageConfig, check_positive, plan, skip
+from smol.data.stages import Segment, StageConfig, check_positive, plan, skip, with_contexts
 from smol.data.streams import ChunkCache, TokenStream
 from smol.data.tokenizer import Tokenizer, load_tokenizer
 from smol.errors import UserError
@@ -87,10 +86,9 @@ class Pretraining(LightningDataModule):
             raise UserError(
                 f"data.seed is {seed}, data.num_workers is {num_workers}; expected 0 or more"
             )
-        self.stages = {name: stage for name, stage in stages.items() if stage is not None}
-        contexts = [s.context_length or context_length for s in self.stages.values()]
-        self.shortest_context = shortest_context or min(contexts, default=context_length)
-        self.longest_context = longest_context or max(contexts, default=context_length)
+        self._stages_given = {name: stage for name, stage in stages.items() if stage is not None}
+        self.stages = self._stages_given
+        self._range_given = (shortest_context, longest_context)
         self.tokenizer_path = tokenizer
         self.context_length = context_length
         self.global_batch_tokens = global_batch_tokens
@@ -136,7 +134,35 @@ class Pretraining(LightningDataModule):
                         f"than before ({known.path}); give it another name there"
                     )
         self._check_cache()
-        self.orders = {
+
+    def schedule_contexts(self, contexts: Mapping[int, int], unit: str) -> None:
+        """Change context in the midst of stages; to be called before the first batch.
+
+        Args:
+            contexts: Context length from each optimiser step, or token, on.
+            unit: ``"steps"`` or ``"tokens"``.
+        """
+        self.stages = with_contexts(self._stages_given, contexts, unit)
+        self.__dict__.pop("orders", None)
+
+    @property
+    def shortest_context(self) -> int:
+        """Unit of the order of the data."""
+        return self._range_given[0] or min(self._contexts, default=self.context_length)
+
+    @property
+    def longest_context(self) -> int:
+        """What the order of the data is made for."""
+        return self._range_given[1] or max(self._contexts, default=self.context_length)
+
+    @property
+    def _contexts(self) -> list[int]:
+        return [stage.context_length or self.context_length for stage in self.stages.values()]
+
+    @cached_property
+    def orders(self) -> dict[str, SourceOrder]:
+        """The order of each source, from the first batch on what it is."""
+        return {
             name: SourceOrder(
                 name,
                 stream.chunk_tokens,
@@ -254,17 +280,17 @@ class Pretraining(LightningDataModule):
 
     # -- evaluation ------------------------------------------------------------------------------
 
-    def val_dataloader(self) -> "HeldOut":
+    def val_dataloader(self) -> HeldOut:
         """The first ``held_out_tokens`` of each source's held-out text."""
         return self._held_out(self.held_out_tokens)
 
-    def test_dataloader(self) -> "HeldOut":
+    def test_dataloader(self) -> HeldOut:
         """All held-out text."""
         return self._held_out(None)
 
     predict_dataloader = val_dataloader
 
-    def _held_out(self, limit: int | None) -> "HeldOut":
+    def _held_out(self, limit: int | None) -> HeldOut:
         streams = {}
         for i, name in enumerate(self.source_names):
             train = self._streams[name]
@@ -325,58 +351,3 @@ class Pretraining(LightningDataModule):
                         f"(digest {digest[:12]}…, now {digests[name][:12]}…); restore it, or pass "
                         "--data.allow_changed_data true"
                     )
-
-
-class HeldOut:
-    """Batches of held-out blocks in reading order, dealt to the ranks in turn.
-
-    Every rank gets equally many, since sharded models act together: the last ones may hold no
-    target. It is no ``DataLoader``, which Lightning would deal out to the ranks once more.
-    """
-
-    def __init__(
-        self,
-        streams: dict[int, TokenStream],
-        eos_id: int,
-        context: int,
-        layout: Layout,
-        limit: int | None,
-    ):
-        self.streams, self.eos_id, self.context, self.layout = streams, eos_id, context, layout
-        blocks = [
-            (source, chunk, start)
-            for source, stream in streams.items()
-            for chunk, start in _first_blocks(stream, context, limit)
-        ]
-        rows = max(1, layout.micro_batch_tokens // context)
-        self.batches = [blocks[i : i + rows] for i in range(0, len(blocks), rows)]
-
-    def __len__(self) -> int:
-        return -(-len(self.batches) // self.layout.ranks)
-
-    def __iter__(self) -> Iterator[TokenBatch]:
-        return (self._batch(index) for index in range(len(self)))
-
-    def _batch(self, index: int) -> TokenBatch:
-        mine = index * self.layout.ranks + self.layout.rank
-        padding = mine >= len(self.batches)
-        blocks = self.batches[0 if padding else mine]
-        read = [self.streams[s].read(chunk, start, self.context + 1) for s, chunk, start in blocks]
-        batch = TokenBatch(
-            **token_tensors(np.stack(read), self.eos_id),
-            sources=torch.tensor([source for source, _, _ in blocks]),
-            exact=not padding,
-        )
-        if padding:
-            batch.targets.fill_(IGNORE)
-        return batch
-
-
-def _first_blocks(stream: TokenStream, context: int, limit: int | None) -> list[tuple[int, int]]:
-    """Chunk and first token of the blocks of a stream, up to ``limit`` tokens."""
-    blocks = [
-        (chunk, start)
-        for chunk, tokens in enumerate(stream.chunk_tokens)
-        for start in range(0, tokens - context, context)
-    ]
-    return blocks if limit is None else blocks[: max(1, limit // context)]

@@ -225,6 +225,49 @@ def _ordered(stages: Mapping[str, StageConfig]) -> list[tuple[str, StageConfig]]
     return ordered
 
 
+def with_contexts(
+    stages: Mapping[str, StageConfig], contexts: Mapping[int, int], unit: str
+) -> dict[str, StageConfig]:
+    """Stages whose context lengths follow a schedule of their own.
+
+    A stage in which the context changes becomes several, named like ``stage1@400``.
+
+    Args:
+        stages: Stages by name.
+        contexts: Context length from each optimiser step, or token, on; one of them from 0 on.
+        unit: ``"steps"`` or ``"tokens"``, of the keys of ``contexts``.
+
+    Raises:
+        UserError: nothing is said of the beginning, the stages count in the other unit, or one of
+            them has a context length of its own.
+    """
+    field_name = {"steps": "start_step", "tokens": "start_tokens"}[unit]
+    if 0 not in contexts:
+        raise UserError(f"contexts begin at {min(contexts, default=None)}; expected an entry for 0")
+    made: dict[str, StageConfig] = {}
+    ordered = _ordered(stages)
+    starts = []
+    for name, stage in ordered:
+        start = 0 if stage.start_step == 0 else getattr(stage, field_name)
+        if start is None:
+            raise UserError(f"contexts count in {unit}, but stage '{name}' does not; use its unit")
+        if stage.context_length is not None:
+            raise UserError(
+                f"stage '{name}' has context_length {stage.context_length}, and contexts say it, "
+                "too; leave one of them out"
+            )
+        starts.append(start)
+    for (name, stage), start, stop in zip(
+        ordered, starts, [*starts[1:], float("inf")], strict=True
+    ):
+        for at in sorted({start, *(c for c in contexts if start < c < stop)}):
+            context = contexts[max(c for c in contexts if c <= at)]
+            place = {"start_step": None, "start_tokens": None, field_name: at}
+            label = name if at == start else f"{name}@{at}"
+            made[label] = replace(stage, **place, context_length=context)
+    return made
+
+
 def check_positive(key: str, number: int | None) -> None:
     """Refuse 0 and less; ``None`` stands for a default.
 
