@@ -85,8 +85,8 @@ class NaNRollback(Callback):
         self.recurs = recurs
         self.max_rollbacks, self.budget_steps = max_rollbacks, budget_steps
         self.learning_rate_cut, self.learning_rate_scale = learning_rate_cut, 1.0
-        self.points = RollbackPoints(snapshot_every, snapshots, age, checkpoints)
         self.detector = SpikeDetector(spike, window, warmup)
+        self.points = RollbackPoints(snapshot_every, snapshots, age, checkpoints, self.detector)
         self.attempts = self.dropped = 0
         self.rollbacks: list[int] = []  # attempts that ended in one
         self._last_bad: int | None = None
@@ -166,12 +166,12 @@ class NaNRollback(Callback):
                 self.learning_rate_scale *= self.learning_rate_cut
             return point
         spent = f"{len(recent)} rollbacks within {self.budget_steps} steps"
-        self._verdict["why"] = why = "no state to go back to" if point is None else spent
+        why = spent if len(recent) == self.max_rollbacks else "no state is left to go back to"
+        self._verdict["why"] = why
         folder = write_forensics(trainer, pl_module, self._batches, self._verdict)
         record(trainer, "diverged", f"{self._verdict['reason']}; {why}", **self._verdict)
         raise UserError(
-            f"training diverged at step {trainer.global_step}: {self._verdict['reason']}, after "
-            f"{why}; what is known is in {folder}; use a lower learning rate, or other data"
+            f"training diverged at step {trainer.global_step}: {self._verdict['reason']}; {why}; what is known is in {folder}; use a lower learning rate, or other data"
         )
 
     def _roll_back(
@@ -189,8 +189,9 @@ class NaNRollback(Callback):
         rewind_loggers(trainer)
         self.rollbacks.append(self.attempts)
         self._last_bad = None
-        message = f"from step {step:,}, with other data: {verdict['reason']}"
-        verdict |= {"from_step": step, "learning_rate_scale": self.learning_rate_scale}
+        message = f"from step {step:,} to {self._point.name}, other data: {verdict['reason']}"
+        verdict |= {"from_step": step, "returned_to": self._point.name}
+        verdict["learning_rate_scale"] = self.learning_rate_scale
         record(trainer, "rollback", message, **verdict)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from callbacks.events import record
+from callbacks.spike_detector import SpikeDetector
 from smol.checkpoints.store import FsspecStore
 from smol.errors import UserError
 from smol.modules.snapshot import Snapshot
@@ -18,17 +19,23 @@ class _Point:
     """A snapshot, and what is known of it.
 
     Attributes:
+        usual: What the detector knew then; an earlier state has another loss.
         proven: It is sound whatever its age: the run began with it, or returned to it.
         tried: The run has returned to it before.
     """
 
     snapshot: Snapshot
+    usual: dict[str, Any]
     proven: bool = False
     tried: bool = False
 
     @property
     def step(self) -> int:
         return self.snapshot.clock.step
+
+    @property
+    def name(self) -> str:
+        return f"snapshot of step {self.step}"
 
 
 class RollbackPoints:
@@ -39,17 +46,21 @@ class RollbackPoints:
         number: How many are kept.
         age: Steps after which one is taken to be older than the damage.
         checkpoints: Folder of the run's checkpoints in the run folder.
+        detector: Goes back with the run.
     """
 
-    def __init__(self, every: int, number: int, age: int, checkpoints: str):
+    def __init__(
+        self, every: int, number: int, age: int, checkpoints: str, detector: SpikeDetector
+    ):
         self.every, self.number, self.age = every, number, age
-        self.checkpoints = checkpoints
+        self.checkpoints, self.detector = checkpoints, detector
         self._kept: list[_Point] = []
         self._tried: set[Path] = set()
 
     def begin(self, trainer: Any, pl_module: Any) -> None:
         """A run goes on from a state that was verified."""
-        self._kept = [_Point(Snapshot(trainer, pl_module), proven=True)]
+        usual = self.detector.state_dict()
+        self._kept = [_Point(Snapshot(trainer, pl_module), usual, proven=True)]
 
     def take_if_due(self, trainer: Any, pl_module: Any) -> None:
         step = trainer.global_step
@@ -63,7 +74,7 @@ class RollbackPoints:
                 snapshot = Snapshot(trainer, pl_module)
         sound = torch.tensor(float(snapshot.is_finite()), device=trainer.strategy.root_device)
         if float(trainer.strategy.reduce(sound, reduce_op="mean")) == 1:
-            self._kept.append(_Point(snapshot))
+            self._kept.append(_Point(snapshot, self.detector.state_dict()))
         else:
             record(trainer, "snapshot_not_finite", "a weight or a moment is not finite")
 
@@ -100,6 +111,7 @@ class RollbackPoints:
             point.snapshot.restore(trainer, pl_module)
             self._kept = [p for p in self._kept if p.step <= point.step]
             point.proven = point.tried = True
+            self.detector.load_state_dict(point.usual)
             return point.snapshot.clock.position
         self._tried.add(point)
         strategy = trainer.strategy
@@ -107,5 +119,7 @@ class RollbackPoints:
         strategy.load_model_state_dict(checkpoint)
         strategy.load_optimizer_state_dict(checkpoint)
         move_step_count(trainer, checkpoint["global_step"] - trainer.global_step)
-        self._kept = [_Point(Snapshot(trainer, pl_module), proven=True, tried=True)]
+        self.detector.reset()
+        self.begin(trainer, pl_module)
+        self._kept[0].tried = True
         return checkpoint.get("manifest", {}).get("tokens")

@@ -28,9 +28,14 @@ class SpikeDetector:
         tokens = getattr(batch, "tokens", None)
         regime = None if tokens is None else [getattr(batch, "stage", None), tokens.shape[1]]
         if regime != self._regime:
+            self.reset()
             self._regime = regime
-            self.loss.reset()
-            self.log_norm.reset()
+
+    def reset(self) -> None:
+        """Forget what was usual."""
+        self._regime = None
+        self.loss.reset()
+        self.log_norm.reset()
 
     def judge(self, loss: float, norm: float) -> str | None:
         """What is wrong with a step; nothing, and it is one of those that are compared with."""

@@ -187,5 +187,7 @@ class PositionLoader:
             sampler=_FromPosition(self.curriculum, self.layout, self.position),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            # Otherwise each new iterator takes a number from those that the training draws from.
+            generator=torch.Generator(),
             **workers,
         )

@@ -12,6 +12,8 @@ def move_step_count(trainer: Any, difference: int) -> None:
 
 def rewind_loggers(trainer: Any) -> None:
     """Take back what loggers that can do so hold of steps after the present one."""
+    if trainer._results is not None:
+        trainer._results.reset()  # Lightning writes the last row once more where there is none
     for logger in trainer.loggers:
         if hasattr(logger, "rewind"):
             logger.rewind(trainer.global_step)
