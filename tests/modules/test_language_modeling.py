@@ -172,6 +172,16 @@ class TestResume:
         same = train(tmp_path, sources, 10, tmp_path / "ck", data=make_data(sources, stages))
         assert_equal(weights(whole[1]), weights(same[1]))
 
+    def test_dropout_does_not_depend_on_where_a_run_was_interrupted(self, sources, tmp_path):
+        whole = train(tmp_path, sources, 6, module=make_module(dropout=0.2))
+        first = train(tmp_path, sources, 3, module=make_module(dropout=0.2))
+        first[0].save_checkpoint(tmp_path / "ck")
+        torch.manual_seed(1)
+        rest = train(tmp_path, sources, 6, tmp_path / "ck", module=make_module(dropout=0.2))
+        assert_equal(weights(whole[1]), weights(rest[1]))
+        plain = train(tmp_path, sources, 6)
+        assert not torch.equal(*(next(m.parameters()) for m in (whole[1], plain[1])))
+
     def test_hyper_parameters_are_those_of_the_current_configuration(self, sources, tmp_path):
         first = train(tmp_path, sources, 4)
         first[0].save_checkpoint(tmp_path / "ck")
@@ -283,8 +293,8 @@ class TestBitsPerByte:
         assert metrics["held_out/bits_per_byte"] == pytest.approx(expected, rel=1e-4)
 
     def test_does_not_depend_on_the_number_of_ranks(self, sources):
-        from smol.data.loader import Layout
         from smol.data.held_out import HeldOut
+        from smol.data.loader import Layout
         from smol.data.streams import TokenStream
 
         names = ("cats", "dogs")

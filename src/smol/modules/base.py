@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -136,6 +137,10 @@ class DecoderModule(LightningModule):
         The loss of the global batch is its sum over trained tokens divided by their number,
         wherever they lie. That number, or an upper bound of it, is a constant known in advance.
         """
+        if self.decoder_config.dropout:
+            # A function of the position, as the data is, so that a restart goes on exactly.
+            place = (self.init_seed, batch.position, batch.micro, self.trainer.global_rank)
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         objective, sums = self.objective(batch)
         if batch.micro == 0:
             self._sums = sums
