@@ -1,0 +1,27 @@
+"""The tiny run on two gloo ranks, with faults in one of them; Lightning starts it per rank."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from drills import train
+from torch.distributed.tensor import DTensor
+
+from smol.parallel.fsdp import FSDP2Strategy
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[1])
+    sources, folder = Path(options["sources"]), Path(options["folder"])
+    strategy = FSDP2Strategy() if options["strategy"] == "fsdp2" else "ddp"
+    kwargs = {"devices": 2, "strategy": strategy, "micro": 64}
+    run = train(
+        folder, sources, faults=options.get("faults", ()), omit=options.get("omit", ()), **kwargs
+    )
+    state = run.module.state_dict()
+    shards = {n: w.to_local() if isinstance(w, DTensor) else w for n, w in state.items()}
+    skipped = run.datamodule.loader.curriculum.segments[0].skipped
+    losses = sorted(run.watch.losses.items())
+    torch.save(
+        {"weights": shards, "skipped": skipped, "losses": losses}, f"{folder}/{run.global_rank}.pt"
+    )
