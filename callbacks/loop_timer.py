@@ -5,6 +5,8 @@ import time
 import torch
 from lightning.pytorch.profilers import Profiler
 
+PAUSES = ("save_checkpoint", "sample_text")  # not training, though between two steps
+
 
 class LoopTimer(Profiler):
     """Stands before the trainer's profiler and takes the time of what the loop says it does.
@@ -42,14 +44,14 @@ class LoopTimer(Profiler):
         if action_name.endswith("train_dataloader_next"):
             self.resume("validation")
             self._fetch_began = time.perf_counter()
-        elif action_name == "save_checkpoint":
+        elif action_name in PAUSES:
             self.pause(action_name)
 
     def stop(self, action_name: str) -> None:
         self.inner.stop(action_name)
         if action_name.endswith("train_dataloader_next"):
             self._data_seconds += time.perf_counter() - self._fetch_began
-        elif action_name == "save_checkpoint":
+        elif action_name in PAUSES:
             self.resume(action_name)
 
     def summary(self) -> str:

@@ -77,6 +77,7 @@ class Throughput(Callback):
         if self._window is None:
             synchronize(self._device)  # once: the first step is not timed
             self._window = _Window(*self._timer.read())
+            self._paused_before = self._timer.paused_seconds
             return
         self._window.steps += 1
         self._steps_timed += 1
@@ -131,7 +132,8 @@ class Throughput(Callback):
             "compute_seconds": (seconds - data_seconds) / window.steps,
         }
         if trainer.max_steps > 0:
-            between = self._timer.paused_seconds / self._steps_timed
+            paused = self._timer.paused_seconds - self._paused_before
+            between = paused / self._steps_timed
             metrics["eta_seconds"] = (trainer.max_steps - self._step) * (step_seconds + between)
         if window.tokens:
             rate = window.tokens / seconds

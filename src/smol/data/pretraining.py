@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from smol.data.card import Card
@@ -327,12 +328,13 @@ class Pretraining(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; what only evaluates it may read anything.
 
         Raises:
             UserError: the order's settings or the content of a source that was read have changed.
         """
-        if not state_dict:
+        training = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if not (state_dict and training):
             return
         for key, value in self._order_settings().items():
             if state_dict["order"][key] != value:

@@ -77,9 +77,10 @@ class CSVLogger(Logger):
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Forget the rows after ``step``."""
+        self._last = {}
         if self.path.exists():
             self._write_all([row for row in self.rows() if int(row["step"]) <= step])
-        self._last = {}
+            self._take_over()
 
     def rows(self) -> list[dict[str, str]]:
         """All rows, as text by column."""

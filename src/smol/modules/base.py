@@ -244,9 +244,6 @@ class DecoderModule(LightningModule):
         metrics = self.report(dict(zip(keys, values.tolist(), strict=True)))
         metrics["train/grad_norm"] = float(self._grad_norm)
         metrics["train/learning_rate"] = max(g["lr"] for g in self.optimizers().param_groups)
-        ledger = getattr(self.trainer.datamodule, "ledger", None)
-        if ledger is not None:
-            metrics |= ledger()
         self.log_dict(metrics | self.step_metric())
 
     def step_metric(self) -> dict[str, float]:

@@ -56,9 +56,16 @@ class LanguageModeling(DecoderModule):
             )
         self.bits_per_byte = BitsPerByte(data.source_names, data.tokenizer)
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Count a batch of held-out text.
+
+        Returns:
+            ``nll`` for callbacks, the negative log-likelihood of each target in nats,
+            ``(rows, time)`` float32, zero where there is none.
+        """
         nll, _ = self._likelihood(batch)
         self.bits_per_byte.update(nll, batch.targets, batch.sources)
+        return {"nll": nll}
 
     def on_validation_epoch_end(self) -> None:
         self._log_bits_per_byte("held_out")
