@@ -1,6 +1,8 @@
-# make train   from a bare machine to a small pretrained model
-# make test    the whole suite
-# make lint    style
+# make train         from a bare machine to a small pretrained model
+# make pretraining   all its stages in a row, long context included
+# make test          the whole suite
+# make drills        drills in full, which the suite holds samples of
+# make lint          style
 VENV   ?= .venv
 PYTHON ?= python3
 BIN     = $(VENV)/bin
@@ -8,10 +10,18 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check -q
 TORCH   = torch==2.13.0
 CPU     = https://download.pytorch.org/whl/cpu
 
-.PHONY: train test lint install install-dev clean
+.PHONY: train pretraining test drills lint install install-dev clean
 
 train: install
 	$(BIN)/python src/train.py fit --config configs/stage1.yaml
+
+pretraining: install
+	for stage in stage1 stage2 stage3 long_context_32k long_context_64k; do \
+		$(BIN)/python src/train.py fit --config configs/$$stage.yaml || exit 1; \
+	done
+
+drills: install-dev
+	DRILLS=1 $(BIN)/python -m pytest tests/faults tests/launch
 
 test: install-dev
 	$(BIN)/python -m pytest

@@ -12,6 +12,7 @@ from callbacks.run_report import RunReport
 from callbacks.sample_text import SampleText
 from callbacks.source_ledger import SourceLedger
 from callbacks.throughput import Throughput
+from callbacks.warmup_check import WarmupCheck
 from callbacks.write_predictions import WritePredictions
 from callbacks.z_loss import ZLossMonitor
 
@@ -29,6 +30,7 @@ __all__ = [
     "SampleText",
     "SourceLedger",
     "Throughput",
+    "WarmupCheck",
     "WritePredictions",
     "ZLossMonitor",
 ]

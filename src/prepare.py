@@ -4,6 +4,7 @@ examples:
   python src/prepare.py --documents 'text/*.jsonl.gz' --output data/text --vocab_size 4096
   python src/prepare.py --config configs/data/fineweb_edu.yaml --workers 8
   python src/prepare.py --embedded data/embedded
+  python src/prepare.py --verify data/embedded/prose
 """
 
 import argparse
@@ -11,8 +12,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from smol.cli import user_message
 from smol.errors import UserError, nearest
 from smol.paths import find, resolve
+
+TOKENIZER = "data/tokenizer"
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +42,12 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--config", help="YAML whose keys are the flags below; a flag wins over it")
     add("--embedded", metavar="FOLDER", help="prepare the embedded corpora, and nothing else")
+    add(
+        "--verify",
+        nargs="+",
+        metavar="FOLDER",
+        help="read all chunks of prepared sources and compare them with their cards, no more",
+    )
     group = parser.add_argument_group("what to read")
     add = group.add_argument
     add(
@@ -67,9 +77,9 @@ def build_parser() -> Parser:
     add("--name", help="name of the source (default: the folder's)")
     add(
         "--tokenizer",
-        default="data/tokenizer",
+        default=TOKENIZER,
         metavar="PATH",
-        help="a folder with tokenizer.json, or a hub name (default: data/tokenizer)",
+        help=f"a folder with tokenizer.json, or a hub name (default: {TOKENIZER})",
     )
     add(
         "--vocab_size",
@@ -84,6 +94,13 @@ def build_parser() -> Parser:
         default=0.005,
         metavar="SHARE",
         help="share of documents kept from training, by the hash of the text (default: 0.005)",
+    )
+    add(
+        "--min_tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out documents of fewer tokens, the end-of-text token included (default: 0)",
     )
     add(
         "--shuffle",
@@ -118,18 +135,42 @@ def flags_of(config: str) -> list[str]:
         raise UserError(f"{config}: no such file.")
     try:
         content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{config}: not YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{config}: expected keys and values, such as 'output: data/text'.")
     flags = []
     for key, value in content.items():
+        if isinstance(value, dict):
+            raise UserError(f"{config}: {key} is a mapping, expected a value; is it of train.py?")
         if isinstance(value, bool):
             flags += [f"--{key}"] if value else [f"--no-{key}"] * (key == "shuffle")
         elif value is not None:
             values = value if isinstance(value, list) else [value]
             flags += [f"--{key}", *map(str, values)]
     return flags
+
+
+def verify(folders: list[str]) -> int:
+    """Tell of each prepared source whether it is whole, and each thing that is wrong with it.
+
+    Returns:
+        The exit status: 0 if all are whole, else 1.
+    """
+    from smol.data.card import verify as problems_of
+
+    status = 0
+    for folder in map(find, folders):
+        try:
+            problems = problems_of(folder)
+        except UserError as error:
+            problems = [str(error)]
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{folder}: whole.")
+        status |= bool(problems)
+    return status
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -148,8 +189,18 @@ def run(arguments: argparse.Namespace) -> None:
         workers = 2 if given.workers is None else given.workers
         ensure_embedded(resolve(given.embedded), given.vocab_size or 4096, workers)
         return
-    if given.output is None:
+    for name, least in {"workers": 0, "shard_bytes": 1}.items():
+        if (value := getattr(given, name)) is not None and value < least:
+            raise UserError(f"--{name} is {value}, expected {least} or more.")
+    if not given.output:
         raise UserError("--output is missing: give the folder to write, such as data/my_text")
+    if Path(resolve(given.output)).is_file():
+        raise UserError(f"--output is {given.output}, a file: give the folder to write")
+    if tokenizer == TOKENIZER and given.vocab_size is None and not Path(tokenizer).exists():
+        raise UserError(
+            f"there is no {TOKENIZER} yet: train it on these documents with --vocab_size 4096, or "
+            "name another with --tokenizer, such as data/embedded/tokenizer"
+        )
     if given.hub is not None:
         source = HubDataset(
             given.hub,
@@ -175,7 +226,14 @@ def run(arguments: argparse.Namespace) -> None:
         source,
         resolve(given.output),
         tokenizer,
-        PrepareSettings(given.held_out, given.shuffle, given.seed, given.chunk_tokens, given.dtype),
+        PrepareSettings(
+            given.held_out,
+            given.shuffle,
+            given.seed,
+            given.chunk_tokens,
+            given.dtype,
+            given.min_tokens,
+        ),
         name=given.name,
         eos_token=given.eos_token,
         workers=given.workers,
@@ -187,7 +245,7 @@ def main(words: list[str] | None = None) -> int:
     """Parse, prepare, and tell a user's mistake in one line.
 
     Returns:
-        The exit status: 0, or 2 after a mistake of the user's.
+        The exit status: 0, 1 where ``--verify`` found damage, or 2 after a mistake of the user's.
     """
     words = sys.argv[1:] if words is None else words
     parser = build_parser()
@@ -195,9 +253,14 @@ def main(words: list[str] | None = None) -> int:
         arguments = parser.parse_args(words)
         if arguments.config is not None:
             arguments = parser.parse_args([*flags_of(arguments.config), *words])
+        if arguments.verify is not None:
+            return verify(arguments.verify)
         run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
 

@@ -52,9 +52,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     assert find_start(tmp_path / "stage1").checkpoint == older
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_in_silence(tmp_path):
+def test_each_damaged_checkpoint_is_told_once(tmp_path, caplog):
+    older, newer = (save(tmp_path / "stage1", step) for step in (100, 200))
+    (newer / "manifest.json").write_text("{}")
+    assert find_start(tmp_path / "stage1").checkpoint == older
+    assert [record.getMessage().split("/")[-1] for record in caplog.records] == [
+        "manifest.json is damaged: its SHA-256 is not in COMMITTED"
+    ]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json", "COMMITTED"])
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_in_silence(tmp_path, file):
     only = save(tmp_path / "stage1", 100)
-    (only / "model.safetensors").write_bytes(b"")
+    (only / file).write_bytes(b"")
     with pytest.raises(UserError, match="all 1 checkpoints .* are damaged; restore one"):
         find_start(tmp_path / "stage1")
 
@@ -65,6 +75,13 @@ def test_a_missing_predecessor_is_one_line_with_the_command_that_makes_it(tmp_pa
         find_start(tmp_path / "stage2", **{how: "stage1"})
     assert "'stage1' has no checkpoint" in str(error.value)
     assert "python src/train.py fit --config configs/stage1.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["continues", "init_from"])
+def test_a_folder_without_a_checkpoint_is_one_line(tmp_path, how):
+    with pytest.raises(UserError, match="/none has neither model.safetensors nor a run's") as error:
+        find_start(tmp_path / "stage2", **{how: f"{tmp_path}/none"})
     assert "\n" not in str(error.value)
 
 

@@ -7,6 +7,7 @@ by `smol.lightning_cli` when there is something to run.
 import errno
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 COMMANDS = ("fit", "validate", "test", "predict")
 TEXT_FLAGS = {"name", "runs_dir", "continues", "init_from", "ckpt_path"}  # never read as YAML
 
+SHORT = {"-c": "--config", "-h": "--help"}
+WITHOUT_VALUE = ("--help", "--print_config")
+
 MACHINE_SAYS_NO = {
-    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EFBIG, errno.EDQUOT,
+    errno.ENAMETOOLONG,
 }  # fmt: skip
 
 HELP = """\
@@ -40,11 +45,14 @@ options:
                               --callbacks.throughput.every 9    --callbacks.throughput null
                               --callbacks.mine my_module.MyCallback
   --print_config            print the configuration as it would run, and stop
-  --help, -h                this page; after a command, all of its keys;
-                              --model.help CLASS prints the keys of a class
+  --help, -h                this page; after a command, all of its keys
+  --KEY.help [CLASS]        after a command: the keys of a class, as --model.help LanguageModeling,
+                              or of the one that --config sets; else the classes to choose from
 
 A mistake is one line and exit status 2; SMOL_TRACEBACK=1 shows where it was raised.
+
 """
+PATIENCE_SECONDS = 5.0  # that another rank gives the first one to end
 
 
 @dataclass
@@ -57,6 +65,7 @@ class CommandLine:
         flags: Dotted key to value, in order; a key given twice has its last value.
         print_config: Whether to print the configuration and stop.
         help: The arguments that ask for help on the command or on a class of it.
+        started: Whether the command has begun to read batches.
     """
 
     command: str
@@ -64,6 +73,7 @@ class CommandLine:
     flags: dict[str, Any] = field(default_factory=dict)
     print_config: bool = False
     help: list[str] = field(default_factory=list)
+    started: bool = False
 
 
 def parse_command_line(args: list[str]) -> CommandLine | None:
@@ -85,19 +95,20 @@ def parse_command_line(args: list[str]) -> CommandLine | None:
             line.command = _check_command(word)
             continue
         flag, has_value, value = word.partition("=")
-        flag = {"-c": "--config", "-h": "--help"}.get(flag, flag)
+        flag = SHORT.get(flag, flag)
         if flag == "--print_config":
             line.print_config = True
         elif flag == "--help" or flag.endswith(".help"):
-            line.help = [word] if flag != "--help" else [flag]
-            if rest and not rest[0].startswith("-") and flag != "--help":
+            line.help = [flag, value] if value else [flag]
+            if flag != "--help" and not has_value and rest and not rest[0].startswith("-"):
                 line.help.append(rest.pop(0))
         elif not flag.startswith("--"):
             raise UserError(f"unexpected '{word}'; flags begin with --")
         else:
             if not has_value:
-                if not rest or rest[0].startswith("--"):
-                    raise UserError(f"{flag} has no value; type {flag} VALUE")
+                if not rest or rest[0].startswith("--") or rest[0] in SHORT:
+                    near = nearest(flag, WITHOUT_VALUE, 0.7)
+                    raise UserError(f"{flag} has no value; type {flag} VALUE{near and f'.{near}'}")
                 value = rest.pop(0)
             _set(line, flag, value)
     if not line.command:
@@ -118,12 +129,16 @@ def main(args: list[str] | None = None, run: bool = True) -> "SmolCLI":
         The command line object with ``model``, ``datamodule``, ``trainer`` and ``run_folder``.
 
     Raises:
-        SystemExit: With status 2 after a mistake of the user's, 0 after help or ``--print_config``.
+        SystemExit: With status 2 after a mistake of the user's, 0 after help or ``--print_config``,
+            130 after Ctrl-C.
     """
+    line, parent = None, os.getppid()
     try:
         line = parse_command_line(sys.argv[1:] if args is None else args)
         if line is None:
-            print(HELP, end="")
+            from smol.cli_help import overview
+
+            show(HELP + overview())
             raise SystemExit(0)
         from smol.lightning_cli import SmolCLI
 
@@ -132,8 +147,21 @@ def main(args: list[str] | None = None, run: bool = True) -> "SmolCLI":
         message = user_message(error)
         if message is None or os.environ.get("SMOL_TRACEBACK") == "1":
             raise
-        print(f"error: {message}", file=sys.stderr)
+        if rank() == 0:
+            print(f"error: {message}", file=sys.stderr)
+        elif (line is not None and line.started) or not _ends(parent):
+            print(f"error: rank {rank()}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def show(text: str) -> None:
+    """Print a page; a reader that has seen enough of it, such as ``head``, is no error."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def user_message(error: Exception) -> str | None:
@@ -148,6 +176,25 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in MACHINE_SAYS_NO:
         return f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
     return None
+
+
+def rank() -> int:
+    """The number of this process among those that run the same command, as launchers tell it."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    values = (os.environ.get(name, "") for name in names)
+    return next((int(value) for value in values if value.isdigit()), 0)
+
+
+def _ends(parent: int) -> bool:
+    """Wait a while for the process that started this one to end.
+
+    Before the first batch a mistake strikes all ranks alike as a rule, and the first one tells it.
+    Its end takes this process along under torchrun, and is seen here where Lightning started it.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return os.getppid() != parent
 
 
 def _check_command(word: str) -> str:

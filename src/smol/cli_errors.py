@@ -17,10 +17,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+from smol.cli_help import full_names
 from smol.config import CLASS_KEYS, Config
-from smol.errors import UserError, nearest
-
-SHOWN = 60  # characters of a value in a message
+from smol.errors import UserError, nearest, shown
 
 
 class Problem(NamedTuple):
@@ -60,6 +59,10 @@ def check_keys(values: dict[str, Any], parser: ArgumentParser, source: Config) -
 
     if problem := _in_group(values, _parameters(parser), (), inside):
         raise UserError(_line(problem, source))
+    for name, value in (values.get("callbacks") or {}).items():
+        if value == {}:  # a callback that does nothing, to the parser
+            problem = Problem(("callbacks", str(name)), f"expected a class, got {shown(value)}")
+            raise UserError(_line(problem, source))
 
 
 def _line(problem: Problem, source: Config) -> str:
@@ -104,7 +107,7 @@ def _in_group(
     """The first problem in values for names that are known; ``inside`` looks at each value."""
     inside = inside or _in_value
     if not isinstance(values, dict):
-        return Problem(path, f"expected a mapping, got {_shown(values)}")
+        return Problem(path, f"expected a mapping, got {shown(values)}")
     for key, value in values.items():
         if key not in known:
             return Problem((*path, str(key)), _unknown_key(str(key), known))
@@ -143,7 +146,7 @@ def _in_value(value: Any, hint: Any, path: tuple[str, ...]) -> Problem | None:
         for problem in _inside(value, option, path):
             if problem:
                 return problem
-    return Problem(path, f"expected {_name(hint)}, got {_shown(value)}")
+    return Problem(path, f"expected {_name(hint)}, got {shown(value)}")
 
 
 def _inside(value: Any, option: Any, path: tuple[str, ...]) -> Iterator[Problem | None]:
@@ -167,28 +170,40 @@ def _inside(value: Any, option: Any, path: tuple[str, ...]) -> Iterator[Problem 
 def _in_class(value: dict[str, Any], base: type, path: tuple[str, ...]) -> Problem | None:
     class_path = value.get("class_path")
     if not isinstance(class_path, str):
-        return Problem(path, f"expected class_path and init_args, got {_shown(value)}")
+        return Problem(path, f"expected class_path and init_args, got {shown(value)}")
     for key in value:
         if key not in CLASS_KEYS:
             hint = nearest(str(key), CLASS_KEYS) or f" Put '{key}' under init_args."
             return Problem((*path, str(key)), f"unknown key '{key}' beside class_path.{hint}")
     try:
-        cls = _import_class(class_path, base)
+        cls = import_class(class_path, base)
     except UserError as error:
         return Problem((*path, "class_path"), str(error))
-    if inspect.isclass(cls) and not issubclass(cls, base):
+    if not inspect.isclass(cls) or not issubclass(cls, base):
         return Problem((*path, "class_path"), f"'{class_path}' is no {base.__name__}")
     return _in_group(value.get("init_args") or {}, _class_parameters(cls), (*path, "init_args"))
 
 
-def _import_class(class_path: str, base: type) -> type:
-    """Import a class, or raise UserError with the nearest module or class."""
-    loaded = {cls.__name__: cls for cls in _subclasses(base)}
+def import_class(class_path: str, base: type | None = None) -> type:
+    """Import a class.
+
+    Args:
+        class_path: ``package.module.Class``.
+        base: Classes that are derived from this one and loaded may go by their last name.
+
+    Raises:
+        UserError: If it is not there, with the nearest module or class.
+    """
     module_name, _, name = class_path.rpartition(".")
     if not module_name:
+        derived = _subclasses(base) if base else ()
+        loaded = {cls.__name__: cls for cls in derived if not cls.__name__.startswith("_")}
         if name in loaded:
             return loaded[name]
-        near = nearest(name, loaded)
+        names = full_names()
+        near = (
+            f" Did you mean '{names[name]}'?" if name in names else nearest(name, [*loaded, *names])
+        )
         raise UserError(f"unknown class '{name}', expected a full path as package.{name}.{near}")
     module = _import_module(module_name, class_path)
     if not hasattr(module, name):
@@ -244,14 +259,8 @@ def _name(hint: Any) -> str:
         return " | ".join(_name(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return " | ".join(repr(option) for option in get_args(hint))
-    return (
-        hint.__name__
-        if inspect.isclass(hint) and not get_args(hint)
-        else str(hint).replace("typing.", "")
-    )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    text = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
-    return "null" if value is None else f"{text} ({type(value).__name__})"
+    if inspect.isclass(hint) and not get_args(hint):
+        return hint.__name__
+    if inspect.isclass(get_origin(hint)) and Ellipsis not in get_args(hint):
+        return f"{get_origin(hint).__name__}[{', '.join(map(_name, get_args(hint)))}]"
+    return str(hint).replace("typing.", "")

@@ -8,20 +8,26 @@ later file above an earlier one, and every flag above every file. Layers merge b
 3. ``null`` replaces too, and what is set over a ``null`` starts afresh.
 """
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from smol.errors import UserError, nearest
+from smol.errors import UserError, nearest, shown
 from smol.paths import project_root, resolve
 
 EXTENDS = "extends"
 CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
+MAPPINGS = ("trainer", "callbacks", "vars")  # never a scalar, unlike a class
+NAMED = {"callbacks", "stages", "mixture"}  # mappings whose keys are made up by users
+CLOSE = 0.7  # a name this near to another one is taken for a misspelling of it
+_VARIABLE = re.compile(r"\bvars\.(\w+(?:\.\w+)*)")
 _DOTTED_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -51,7 +57,15 @@ class Config:
     layers: list[Layer] = field(default_factory=list)
 
     def add(self, layer: Layer) -> None:
-        """Put a layer on top."""
+        """Put a layer on top.
+
+        Raises:
+            UserError: If it has a scalar or a list where only a mapping can be.
+        """
+        for key in MAPPINGS:
+            if not isinstance(value := layer.values.get(key), dict | None):
+                where = layer.source if layer.source.startswith("--") else f"{key} ({layer.source})"
+                raise UserError(f"{where}: expected a mapping, got {shown(value)}")
         self.values = merge(self.values, layer.values)
         self.layers.append(layer)
 
@@ -69,6 +83,26 @@ class Config:
             else:
                 return layer.source
         return None
+
+
+def unused(config: Config) -> Iterator[str]:
+    """Find what has no effect: variables that nothing reads, removals of what is nowhere set.
+
+    A file may hold variables for another one, or remove what only some others have; it is told if
+    the name is close to one that has an effect. A flag is meant for this run.
+
+    Yields:
+        A line for each such key of a file.
+
+    Raises:
+        UserError: On a flag that sets such a variable, or is close to the name of what it removes.
+    """
+    for path, problem, near in chain(_unread_variables(config), _empty_removals(config)):
+        origin = config.origin(path) or ""
+        if origin.startswith("--") and (near or path[0] == "vars"):
+            raise UserError(f"{origin}: {problem}.{near}")
+        if near:
+            yield f"{'.'.join(map(str, path))} ({origin}): {problem}.{near}"
 
 
 def load_config(
@@ -127,7 +161,11 @@ def parse_yaml(text: str, source: str) -> Any:
         UserError: With ``source:line``, on a syntax error or a duplicate key.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, default=str, skipkeys=True)  # finds what holds itself
+        return value
+    except (RecursionError, ValueError):
+        raise UserError(f"{source}: bad YAML, nested too deeply or within itself") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -139,6 +177,41 @@ def parse_yaml(text: str, source: str) -> Any:
 def dump_yaml(values: dict[str, Any]) -> str:
     """Write YAML that `parse_yaml` reads back as the same values, keys in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+_Unused = Iterator[tuple[tuple, str, str]]  # path, what is wrong, the nearest name
+
+
+def _unread_variables(config: Config) -> _Unused:
+    read = set(_VARIABLE.findall(repr([layer.values for layer in config.layers])))
+    for path, _ in _leaves(config.values.get("vars") or {}):
+        name = ".".join(map(str, path))
+        if not any(f"{name}.".startswith(f"{used}.") for used in read):
+            yield ("vars", *path), f"no file reads 'vars.{name}'", nearest(name, read, CLOSE)
+
+
+def _empty_removals(config: Config) -> _Unused:
+    for path, value in _leaves(config.values):
+        *above, name = path
+        if value is not None or not NAMED.intersection(above[-1:]):
+            continue
+        if all(_at(layer.values, path) is None for layer in config.layers):
+            there = [str(key) for key, other in _at(config.values, above).items() if other]
+            yield path, f"there is no '{name}' to remove", nearest(str(name), there, CLOSE)
+
+
+def _leaves(tree: dict[str, Any], path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def _is_class(value: Any) -> bool:
@@ -181,11 +254,14 @@ def _read_layers(path: Path, applied: set[Path], above: tuple[Path, ...] = ()) -
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected a mapping, got a {type(values).__name__}")
     parents = values.pop(EXTENDS, None) or []
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UserError(f"{EXTENDS} ({source}): expected a file or a list, got {shown(parents)}")
     layers: list[Layer] = []
-    for parent in [parents] if isinstance(parents, str) else parents:
-        file = (path.parent / str(parent)).resolve()
+    for parent in parents:
+        file = (path.parent / parent).resolve()
         if not file.is_file():
-            raise UserError(f"{source}: {EXTENDS} {_missing(str(parent), [file])}")
+            raise UserError(f"{source}: {EXTENDS} {_missing(parent, [file])}")
         if file not in applied:
             layers += _read_layers(file, applied, (*above, path))
     applied.add(path)
@@ -218,12 +294,14 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key '{key_node.value}'", key_node.start_mark
-                )
-            if isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":null"):
+                problem = "expected a name before the colon"
+            elif key_node.value in seen:
+                problem = f"duplicate key '{key_node.value}'"
+            else:
                 seen.add(key_node.value)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
+
+SHOWN = 60  # characters of a value in a message
 
 
 class UserError(ValueError):
@@ -12,7 +15,20 @@ class UserError(ValueError):
     """
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string."""
-    matches = get_close_matches(name, list(known), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return `` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string.
+
+    Args:
+        name: What was seen.
+        known: What was expected.
+        cutoff: How close it must be, from 0 for anything to 1 for ``name`` itself.
+    """
+    matches = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def shown(value: Any) -> str:
+    """Return a value, cut to a few dozen characters, and its type."""
+    text = repr(value)
+    text = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return "null" if value is None else f"{text} ({type(value).__name__})"

@@ -13,7 +13,6 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import (
     GrammarParseError,
-    InterpolationKeyError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     UnsupportedInterpolationType,
@@ -83,8 +82,9 @@ def _explain(error: OmegaConfBaseException, values: dict[str, Any]) -> str:
     message = str(error.msg or error).splitlines()[0]
     if isinstance(error, MissingMandatoryValue):
         return "has no value yet (???); set it in a file or by a flag"
-    if isinstance(error, InterpolationKeyError) and (found := re.search(r"'(.+?)'", message)):
-        return f"'${{{found[1]}}}' names no key.{nearest(found[1], _dotted_keys(values))}"
+    if found := re.search(r"key '(.+?)' not found|trying to access ([\w.]+):", message):
+        key = found[1] or found[2]
+        return f"'${{{key}}}' names no key.{nearest(key, _dotted_keys(values))}"
     if isinstance(error, UnsupportedInterpolationType):
         kind = message.rsplit(" ", 1)[-1]
         return f"unknown resolver '{kind}'.{nearest(kind, [*RESOLVERS, 'oc.env'])}"

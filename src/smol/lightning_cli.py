@@ -3,30 +3,37 @@
 import hashlib
 import logging
 import os
+import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from smol.cli import CommandLine
+from smol.checkpoints.store import FsspecStore
+from smol.cli import CommandLine, rank, show
 from smol.cli_errors import check_keys, explain
-from smol.config import compose, dump_yaml
+from smol.cli_help import key_help, overview
+from smol.config import compose, dump_yaml, unused
 from smol.errors import UserError
 from smol.interpolation import interpolate
+from smol.model.io import with_trained_context
 from smol.paths import is_url, resolve
-from smol.runs import find_start
+from smol.runs import CHECKPOINTS, find_start
 
 DEFAULT_ORDER = 250  # guards 100, monitors 200, checkpoints 400, reports 500
 DEFAULT_SEED = 42
+MAX_SEED = 2**32 - 1  # NumPy's
+_default_format = warnings.formatwarning
 
 
 class SmolCLI(LightningCLI):
@@ -83,6 +90,9 @@ class SmolCLI(LightningCLI):
         rank_zero_info(f"{settings.name}: {start.reason}")
         if hasattr(self.model, "initial_weights"):
             self.model.initial_weights, self.model.lineage = start.weights, start.lineage
+            self.model.rope_config = with_trained_context(
+                self.model.rope_config, start.checkpoint or start.weights
+            )
             config = dump_yaml(self.config_dump).encode()
             self.model.config_digest = hashlib.sha256(config).hexdigest()
         return None if start.checkpoint is None else str(start.checkpoint)
@@ -113,23 +123,37 @@ class SmolCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Merge files and flags, interpolate, check; print the configuration if that is asked."""
         command = self.line.command
-        if self.line.help:
-            _print_help(parser, [command, *self.line.help])
         self.source = compose(self.line.files, self.line.flags)
+        if self.line.help:
+            self._print_help(self._subcommand_parsers[command])
+        for line in unused(self.source):
+            rank_zero_warn(line)
         values = interpolate(self.source)
         if not values.get("model"):
             raise UserError("no model is set; type --config FILE, as --config configs/stage1.yaml")
         known = self._subcommand_parsers[command]
         check_keys(values, known, self.source)
         try:
-            self.config = parser.parse_object({"subcommand": command, command: values})
+            # The parser writes into what it is given, and a mistake is told from the values.
+            self.config = parser.parse_object({"subcommand": command, command: deepcopy(values)})
         except ArgumentError as error:
             raise UserError(explain(values, known, self.source, error)) from error
         self._check_run()
         if self.line.print_config:
             self._dump_config()
-            print(dump_yaml(self.config_dump), end="")
+            show(dump_yaml(self.config_dump))
             raise SystemExit(0)
+
+    def _print_help(self, parser: LightningArgumentParser) -> NoReturn:
+        flag, *words = self.line.help
+        if flag == "--help":
+            (checkpoint,) = (action for action in parser._actions if action.dest == "ckpt_path")
+            checkpoint.help = "Folder of the checkpoint to go on from, or scratch to begin anew."
+            show(f"{parser.format_help()}\n{overview()}")
+        else:
+            key = flag.removeprefix("--").removesuffix(".help")
+            show(key_help(key, words[0] if words else None, self.source.values))
+        raise SystemExit(0)
 
     def _check_run(self) -> None:
         settings, name = self.settings, self.settings.name
@@ -138,12 +162,29 @@ class SmolCLI(LightningCLI):
                 f"both continues ('{settings.continues}') and init_from ('{settings.init_from}') "
                 "are set, expected at most one; type --init_from null or --continues null"
             )
-        if is_url(settings.runs_dir):
-            raise UserError(f"runs_dir is '{settings.runs_dir}', expected a local folder")
+        if not settings.runs_dir or is_url(settings.runs_dir):
+            raise UserError(f"runs_dir is '{settings.runs_dir or ''}', expected a local folder")
+        for key in ("ckpt_path", "continues", "init_from"):
+            if settings[key] == "":
+                raise UserError(f"{key} is empty, expected a name; for none type --{key} null")
         if name is None and self.line.command == "fit" and not self.line.print_config:
             raise UserError("the run has no name; type --name NAME, or set name: in a config file")
-        if name is not None and (not name or Path(name).is_absolute() or ".." in Path(name).parts):
-            raise UserError(f"name is '{name}', expected a folder name to put under runs_dir")
+        if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
+            raise UserError(f"name is {name!r}, expected a folder name to put under runs_dir")
+        for key, instead in {
+            "log_every_n_steps": "--trainer.logger false to log nothing",
+            "val_check_interval": "--trainer.limit_val_batches 0 to validate never",
+            "check_val_every_n_epoch": "--trainer.limit_val_batches 0 to validate never",
+        }.items():
+            value = settings.trainer[key]
+            if isinstance(value, int | float) and value <= 0:
+                raise UserError(f"trainer.{key} is {value}, expected more than 0; type {instead}")
+        clip = settings.trainer.gradient_clip_val
+        if clip is not None and clip < 0:
+            raise UserError(f"trainer.gradient_clip_val is {clip}, expected 0 or more, or null")
+        seed = settings.seed_everything
+        if seed is not None and not 0 <= seed <= MAX_SEED:
+            raise UserError(f"seed_everything is {seed}, expected 0 to {MAX_SEED:,}")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: Lightning would let a checkpoint's override it."""
@@ -184,13 +225,34 @@ class SmolCLI(LightningCLI):
         named = self._get(self.config_init, "callbacks") or {}
         callbacks = [callback for callback in named.values() if callback is not None]
         callbacks.sort(key=lambda callback: getattr(callback, "order", DEFAULT_ORDER))
-        with _lightning_mistakes(MisconfigurationException, ValueError):
+        with _lightning_mistakes(MisconfigurationException, ValueError, TypeError, ImportError):
             return self._instantiate_trainer(config, [WriteConfig(self), *callbacks])
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if self.run:
+        if not self.run:
+            return
+        try:
             with _lightning_mistakes(MisconfigurationException):
                 super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            if rank() == 0:
+                print(self._interrupted(), file=sys.stderr)
+            raise SystemExit(130) from None
+
+    def _interrupted(self) -> str:
+        """What to say after Ctrl-C."""
+        if self.line.command != "fit":
+            return "stopped"
+        said = f"stopped at step {self.trainer.global_step:,}"
+        saved = FsspecStore(self.run_folder / CHECKPOINTS).list()
+        if not saved:
+            return f"{said}, before the first checkpoint"
+        command = "the same command"
+        if self.settings.ckpt_path is not None:
+            command += " without --ckpt_path"
+        return f"{said}; type {command} to go on from {saved[-1].location}"
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -225,13 +287,33 @@ class WriteConfig(pl.Callback):
         _write(file, text)
         _write(folder / "config.source.yaml", dump_yaml(self.cli.source.values))
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on a mistake, such as a damaged chunk, may be one of this rank alone."""
+        self.cli.line.started = True
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
+
 
 def _quieten() -> None:
     """Leave out what Lightning says of other products and of its own internals."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    talk = ("💡", "TPU available", "`Trainer.fit` stopped")
+    warnings.formatwarning = _format_warning
+    talk = ("💡", "TPU available", "`Trainer.fit` stopped", "\nDetected KeyboardInterrupt")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.msg.startswith(talk))
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """What concerns the user is one line; what concerns programmers keeps its place in the code."""
+    if issubclass(category, UserWarning) and os.environ.get("SMOL_TRACEBACK") != "1":
+        return f"warning: {' '.join(str(message).split())}\n"
+    return _default_format(message, category, filename, lineno, line)
 
 
 @contextmanager
@@ -250,11 +332,3 @@ def _write(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
-
-
-def _print_help(parser: LightningArgumentParser, words: list[str]) -> None:
-    try:
-        parser.parse_args(words)
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
-    raise SystemExit(0)

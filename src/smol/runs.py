@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from smol.checkpoints.store import FsspecStore
+from smol.checkpoints.store import CheckpointInfo, FsspecStore
 from smol.errors import UserError, nearest
 from smol.model.io import WEIGHTS
 from smol.paths import project_root, resolve
@@ -58,21 +58,22 @@ def find_start(
     Raises:
         UserError: what is named is not there.
     """
+    store = FsspecStore(run_folder / CHECKPOINTS)
+    own = store.list()
     if ckpt_path == "scratch":
-        return Start(lineage=_new_lineage(run_folder, None))
+        return Start(lineage=_new_lineage(own, None))
     if ckpt_path is not None:
         folder = Path(resolve(ckpt_path))
         if not folder.exists():
             raise UserError(f"--ckpt_path {ckpt_path} is not there; expected a checkpoint's folder")
-        lineage = _new_lineage(run_folder, folder)
+        lineage = _new_lineage(own, folder)
         return Start(checkpoint=folder, lineage=lineage, reason=f"goes on from {folder}")
-    own = newest_checkpoint(run_folder)
-    if own is not None:
-        lineage = _new_lineage(run_folder, own)
-        reason = f"goes on from its own checkpoint {own}"
-        return Start(checkpoint=own, lineage=lineage, reason=reason)
-    damaged = FsspecStore(run_folder / CHECKPOINTS).list()
-    if damaged:
+    newest = store.latest_verified(own)
+    if newest is not None:
+        folder = store.load_path(newest)
+        reason = f"goes on from its own checkpoint {folder}"
+        return Start(checkpoint=folder, lineage=_new_lineage(own, folder), reason=reason)
+    if damaged := store.marked():
         raise UserError(
             f"all {len(damaged)} checkpoints in {run_folder / CHECKPOINTS} are damaged; restore "
             "one, or begin anew with --ckpt_path scratch"
@@ -94,9 +95,8 @@ def find_start(
     return Start()
 
 
-def _new_lineage(run_folder: Path, start: Path | None) -> int | None:
+def _new_lineage(checkpoints: list[CheckpointInfo], start: Path | None) -> int | None:
     """The lineage of a run that does not go on from its newest checkpoint; ``None`` if it does."""
-    checkpoints = FsspecStore(run_folder / CHECKPOINTS).list()
     if not checkpoints or (start is not None and start.name == checkpoints[-1].key):
         return None
     return checkpoints[-1].manifest.lineage + 1
@@ -104,6 +104,11 @@ def _new_lineage(run_folder: Path, start: Path | None) -> int | None:
 
 def _predecessor(runs_dir: Path, name: str) -> Path:
     found = newest_checkpoint(runs_dir / name)
+    if found is None and "/" in name:
+        raise UserError(
+            f"{name} has neither {WEIGHTS} nor a run's checkpoints; expected the name of a run in "
+            f"{runs_dir}, or the folder of a decoder for init_from"
+        )
     if found is None:
         runs = [folder.name for folder in runs_dir.glob("*") if (folder / CHECKPOINTS).is_dir()]
         raise UserError(

@@ -22,6 +22,11 @@ class Stage:
     mixture: dict[str, float] | None = None
 
 
+@dataclass
+class Required:
+    length: int
+
+
 class Attention:
     def __init__(self, window: int = 2):
         self.window = window
@@ -60,6 +65,8 @@ class Model(pl.LightningModule):
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
         if self.fail == "step":
             raise UserError("the step failed; type --model.fail null")
+        if self.fail == "interrupt":
+            raise KeyboardInterrupt
         return (self.weight - 1).pow(2).mean()
 
     def validation_step(self, batch: torch.Tensor, index: int) -> None:
@@ -88,6 +95,7 @@ class Data(pl.LightningDataModule):
         stages: dict[str, Stage | None] | None = None,
         workers: int = 0,
         fail: bool = False,
+        required: dict[str, Required] | None = None,
     ):
         super().__init__()
         self.stages, self.workers, self.fail = stages, workers, fail

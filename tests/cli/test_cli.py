@@ -1,6 +1,7 @@
 """The command line as a user types it: what is built, what is written, what is refused."""
 
 import os
+import signal
 import subprocess
 import sys
 from itertools import chain
@@ -19,8 +20,9 @@ from command_lines import (
     root,  # noqa: F401
 )
 
+from smol.checkpoints.store import FsspecStore
 from smol.cli import main, parse_command_line
-from smol.lightning_cli import SmolCLI, WriteConfig
+from smol.lightning_cli import SmolCLI, WriteConfig, _format_warning
 
 
 class TestBuild:
@@ -138,6 +140,12 @@ class TestRun:
         assert kept == [first, second]
         assert "lr: 0.75" in (folder / "config.yaml").read_text()
 
+    def test_what_concerns_programmers_keeps_its_place_in_the_code(self) -> None:
+        warning = DeprecationWarning("old")
+        text = _format_warning(warning, DeprecationWarning, "file.py", 7)
+        assert text.startswith("file.py:7: ")
+        assert _format_warning(UserWarning("a\nb"), UserWarning, "file.py", 7) == "warning: a b\n"
+
     def test_only_the_first_rank_writes(self, root: Path) -> None:
         cli = build()
         for zero in (False, True):
@@ -188,11 +196,38 @@ class TestRun:
         cli = Resolving(parse_command_line(words))
         assert torch.equal(cli.model.weight, trained.model.weight)
 
-    def test_help_on_a_class(self, capsys: pytest.CaptureFixture) -> None:
-        with pytest.raises(SystemExit) as stop:
-            main(["fit", "--model.help", "cli_parts.Model"])
-        assert stop.value.code == 0
-        assert "--model.decoder.hidden_size" in capsys.readouterr().out
+    @pytest.mark.parametrize(
+        ("words", "steps", "expected"),
+        [
+            ("", [], "stopped at step 0, before the first checkpoint"),
+            ("", [1, 7], "stopped at step 0; type the same command to go on from {newest}"),
+            (
+                "--ckpt_path scratch",
+                [7],
+                "stopped at step 0; type the same command without --ckpt_path to go on from "
+                "{newest}",
+            ),
+        ],
+    )
+    def test_ctrl_c_is_one_line_and_status_130(
+        self, root: Path, capsys: pytest.CaptureFixture, words: str, steps: list, expected: str
+    ) -> None:
+        class Fresh(SmolCLI):
+            def resolve_checkpoint(self) -> None:
+                return None
+
+        store = FsspecStore(root / "runs" / "first" / "checkpoints")
+        saved = [store.save(step, lambda folder: None, {}) for step in steps]
+        handler = signal.getsignal(signal.SIGINT)
+        line = ["fit", "--config", "run.yaml", "--model.fail", "interrupt", *words.split()]
+        try:
+            with pytest.raises(SystemExit) as stop:
+                Fresh(parse_command_line(line))
+        finally:
+            signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
+        assert stop.value.code == 130
+        newest = saved[-1].location if saved else None
+        assert capsys.readouterr().err == expected.format(newest=newest) + "\n"
 
 
 class TestProcess:
@@ -219,6 +254,23 @@ class TestProcess:
         assert done.stderr == (
             "error: --trainer.max_stepz: unknown key 'max_stepz'. Did you mean 'max_steps'?\n"
         )
+
+    def test_a_reader_of_help_may_stop_early(self, root: Path) -> None:
+        script = f"{sys.executable} {TRAIN} fit --help | head -1"
+        done = subprocess.run(["sh", "-c", script], cwd=root, capture_output=True, text=True)
+        assert done.stdout.startswith("usage: train.py")
+        assert done.stderr == ""
+
+    def test_a_warning_is_one_line(self, root: Path) -> None:
+        (root / "over.yaml").write_text("vars: {hiden: 3}\ncallbacks: {gaurd: null}")
+        words = ("--config", "run.yaml", "--config", "over.yaml", "--print_config")
+        done = self.run(TRAIN, "fit", *words, cwd=root)
+        assert done.returncode == 0
+        assert done.stderr.splitlines() == [
+            "warning: vars.hiden (over.yaml): no file reads 'vars.hiden'. Did you mean 'hidden'?",
+            "warning: callbacks.gaurd (over.yaml): there is no 'gaurd' to remove. "
+            "Did you mean 'guard'?",
+        ]
 
     def test_help_imports_next_to_nothing(self, root: Path) -> None:
         script = (

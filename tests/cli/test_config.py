@@ -151,6 +151,12 @@ class TestFiles:
             ("a: 1\nb: [2", "f.yaml:2: bad YAML, expected ',' or ']', but got '<stream end>'"),
             ("a:\n  b: 1\n  b: 2", "f.yaml:3: bad YAML, duplicate key 'b'"),
             ("- a", "f.yaml: expected a mapping, got a list"),
+            ("a: &x {b: *x}", "f.yaml: bad YAML, nested too deeply or within itself"),
+            (f"a: {'[' * 3000}", "f.yaml: bad YAML, nested too deeply or within itself"),
+            ("a: 1\nnull: 2", "f.yaml:2: bad YAML, expected a name before the colon"),
+            ("[1, 2]: 2", "f.yaml:1: bad YAML, expected a name before the colon"),
+            ("extends: 3", "extends (f.yaml): expected a file or a list, got 3 (int)"),
+            ("extends: [3]", "extends (f.yaml): expected a file or a list, got [3] (list)"),
             (
                 "extends: bse.yaml",
                 "f.yaml: extends file 'bse.yaml' not found in {root}. Did you mean 'base.yaml'?",

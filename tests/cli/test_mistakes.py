@@ -1,5 +1,6 @@
 """Every mistake is one line with the name that was meant, and exit status 2."""
 
+from itertools import chain, repeat
 from pathlib import Path
 
 import cli_parts
@@ -11,6 +12,7 @@ from command_lines import (
     root,  # noqa: F401
 )
 
+from smol.cli import main
 from smol.errors import UserError
 
 NO_KEY = "unknown key"
@@ -51,6 +53,8 @@ class TestRefused:
                 "unknown class 'Gard', expected a full path as package.Gard. Did you mean 'Guard'?",
             ),
             ("--model.attention cli_parts.Guard", "'cli_parts.Guard' is no Attention"),
+            ("--model.attention os.path.join", "'os.path.join' is no Attention"),
+            ("--callbacks.new {}", "expected a class, got {} (dict)"),
             # A wrong type.
             ("--trainer.max_steps many", "expected int, got 'many' (str)"),
             ("--model.lr fast", "expected float, got 'fast' (str)"),
@@ -61,6 +65,17 @@ class TestRefused:
                 "--callbacks.new.limit 5",
                 "expected class_path and init_args, got {'limit': 5} (dict)",
             ),
+            ("--data.stages.stage2.mixture 3", "expected dict[str, float] | null, got 3 (int)"),
+            ("--data.stages.stage2.context_length abc", "expected int, got 'abc' (str)"),
+            ("--trainer 3", "expected a mapping, got 3 (int)"),
+            ("--vars 3", "expected a mapping, got 3 (int)"),
+            ("--callbacks [3]", "expected a mapping, got [3] (list)"),
+            # What has no effect.
+            ("--vars.hiden 3", "no file reads 'vars.hiden'. Did you mean 'hidden'?"),
+            ("--vars.inner.rat 3", "no file reads 'vars.inner.rat'. Did you mean 'inner.rate'?"),
+            ("--vars.unlike 3", "no file reads 'vars.unlike'."),
+            ("--callbacks.monitr null", "there is no 'monitr' to remove. Did you mean 'monitor'?"),
+            ("--data.stages.stge1 null", "there is no 'stge1' to remove. Did you mean 'stage1'?"),
         ],
     )
     def test_flag(self, capsys: pytest.CaptureFixture, words: str, message: str) -> None:
@@ -119,13 +134,35 @@ class TestRefused:
                 "Did you mean 'vars.inner.rate'?",
             ),
             ("trainer: 3", "trainer (over.yaml): expected a mapping, got 3 (int)"),
+            ("data: {init_args: {required: {s: {}}}}",
+             "data.init_args.required.s.length: missing, expected int"),
+            ("data: {init_args: {required: {s: {length: null}}}}",
+             "data.init_args.required.s.length (over.yaml): expected int, got null"),
+            ("vars: null", "model.init_args.decoder.hidden_size (run.yaml): '${vars.hidden}' names "
+             "no key. Did you mean 'vars'?"),
             ("trainer: {callback: {}}", "trainer.callback (over.yaml): unknown key 'callback'. "
              "Did you mean 'callbacks'?"),
             ("model: null", "no model is set; type --config FILE, as --config configs/stage1.yaml"),
             ("name: 12", "name (over.yaml): expected str | null, got 12 (int)"),
-            ("name: ../up", "name is '../up', expected a folder name to put under runs_dir"),
+            *((f"name: {name}", f"name is '{name}', expected a folder name to put "
+               "under runs_dir") for name in ("../up", "a/b", ".", "..", "/a")),
+            ("name: ''", "name is '', expected a folder name to put under runs_dir"),
+            ("trainer: {log_every_n_steps: 0}", "trainer.log_every_n_steps is 0, expected more "
+             "than 0; type --trainer.logger false to log nothing"),
+            ("trainer: {val_check_interval: 0}", "trainer.val_check_interval is 0, expected more "
+             "than 0; type --trainer.limit_val_batches 0 to validate never"),
+            ("trainer: {val_check_interval: -0.5}", "trainer.val_check_interval is -0.5, expected "
+             "more than 0; type --trainer.limit_val_batches 0 to validate never"),
             ("name: null", "the run has no name; type --name NAME, or set name: in a config file"),
+            ('name: "a\\nb"', r"name is 'a\nb', expected a folder name to put under runs_dir"),
             ("runs_dir: s3://b/runs", "runs_dir is 's3://b/runs', expected a local folder"),
+            ("runs_dir: ''", "runs_dir is '', expected a local folder"),
+            ("runs_dir: null", "runs_dir is '', expected a local folder"),
+            ("init_from: ''", "init_from is empty, expected a name; for none type "
+             "--init_from null"),
+            ("trainer: {gradient_clip_val: -1}", "trainer.gradient_clip_val is -1, expected 0 or "
+             "more, or null"),
+            ("seed_everything: -1", "seed_everything is -1, expected 0 to 4,294,967,295"),
             (
                 "continues: one\ninit_from: two",
                 "both continues ('one') and init_from ('two') are set, expected at most one; "
@@ -148,6 +185,8 @@ class TestRefused:
             ("fit run.yaml", "unexpected 'run.yaml' after 'fit'; a key needs --"),
             ("fit -x 3", "unexpected '-x'; flags begin with --"),
             ("fit --model.lr --config run.yaml", "--model.lr has no value; type --model.lr VALUE"),
+            ("fit --name -c run.yaml", "--name has no value; type --name VALUE"),
+            ("fit --hlep", "--hlep has no value; type --hlep VALUE. Did you mean '--help'?"),
             ("fit --data.stages [1", "--data.stages:1: bad YAML, expected ',' or ']', but got "
              "'<stream end>'"),
             ("fit --config rum.yaml", "config file 'rum.yaml' not found in {root}. "
@@ -169,6 +208,7 @@ class TestRefused:
             ("--data.fail true", "row 0 is bad, got 1, expected 2"),
             ("--data.fail true --data.workers 1", "row 0 is bad, got 1, expected 2"),
             ("--trainer.accelerator quantum", "You selected an invalid accelerator name"),
+            ("--trainer.devices many", "`devices` selected with `CPUAccelerator` should be an int"),
         ],
     )
     def test_mistakes_found_while_building_or_running(
@@ -183,12 +223,53 @@ class TestRefused:
         assert stop.value.code == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith(f"error: {message}")
-        assert line == f"error: {message}" or "accelerator" in line
+        assert line == f"error: {message}" or words.startswith("--trainer")
         monkeypatch.setenv("SMOL_TRACEBACK", "1")
         with pytest.raises(UserError):
             fit(*words.split())
+
+    def test_a_scalar_below_a_mapping_is_refused_too(
+        self, root: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        (root / "base.yaml").write_text("trainer: 3")
+        line = line_of(capsys, "--config", "base.yaml", "--config", "run.yaml")
+        assert line == "error: trainer (base.yaml): expected a mapping, got 3 (int)"
 
     def test_a_bug_in_a_constructor_keeps_its_traceback(self) -> None:
         with pytest.raises(ValueError, match=r"^a mistake of the programmer's$") as error:
             build("--model.refuse", "bug")
         assert error.traceback[-1].path == Path(cli_parts.__file__)
+
+
+class TestRanks:
+    """Under several processes a mistake is told once."""
+
+    def test_a_mistake_of_one_rank_is_told_by_it(
+        self, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setattr("smol.cli.PATIENCE_SECONDS", 3600)
+        with pytest.raises(SystemExit) as stop:
+            fit("--model.fail", "step")
+        assert stop.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == "error: rank 1: the step failed; type --model.fail null"
+
+    @pytest.mark.parametrize(("ends", "told"), [(True, ""), (False, "error: rank 1: {message}")])
+    def test_one_of_all_ranks_is_left_to_the_first(
+        self,
+        capsys: pytest.CaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        ends: bool,
+        told: str,
+    ) -> None:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setattr("smol.cli.PATIENCE_SECONDS", 30 if ends else 0.3)
+        parents = chain([7, 7, 7], repeat(1 if ends else 7))
+        monkeypatch.setattr("os.getppid", lambda: next(parents))
+        with pytest.raises(SystemExit) as stop:
+            main(["fitt"])
+        assert stop.value.code == 2
+        expected = "fit, validate, test, predict. Did you mean 'fit'?"
+        message = f"unknown command 'fitt', expected {expected}"
+        assert capsys.readouterr().err.strip() == told.format(message=message)

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from smol.cli import main
-from smol.config import load_config
+from smol.config import load_config, unused
 from smol.paths import project_root
 
 CONFIGS = project_root() / "configs"
@@ -35,6 +35,7 @@ def test_builds(file: Path, tmp_path: Path) -> None:
         words += ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
         words += ["--trainer.num_nodes", "1"]
     cli = main(["fit", *words, "--runs_dir", str(tmp_path)], run=False)
+    assert list(unused(cli.source)) == []
     assert cli.model is not None
     assert cli.model.decoder is None  # made when a run starts; 3B would take long
     assert cli.datamodule is not None

@@ -1,7 +1,10 @@
 """Texts, files and a tokenizer for the tests of preparation."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +49,17 @@ def read_back(folder: Path, split: str, tokenizer) -> list[str]:
         ends = np.flatnonzero(ids == tokenizer.eos_id)
         documents += [tokenizer.decode(part[part != 0]) for part in np.split(ids, ends)[:-1]]
     return documents
+
+
+def command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run ``prepare.py`` with ``cwd`` as project root."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "src/prepare.py"), *map(str, words)],
+        cwd=cwd,
+        env=os.environ | {"SMOL_ROOT": str(cwd)},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -80,10 +80,15 @@ def test_frequencies_survive_moves_and_casts():
     ("options", "message"),
     [
         ({"theta": 0.0}, "theta is 0.0"),
-        ({"yarn_factor": 2.0}, "original_context is missing"),
+        ({"original_context": 0}, "original_context is 0"),
         ({"yarn_factor": 0.5, "original_context": 10}, "yarn_factor is 0.5"),
     ],
 )
 def test_mistakes_are_one_line(options, message):
     with pytest.raises(UserError, match=message):
         RopeConfig(**options)
+
+
+def test_yarn_needs_a_context_to_stretch():
+    with pytest.raises(UserError, match="original_context is missing"):
+        RotaryEmbedding(16, RopeConfig(yarn_factor=2.0))

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from smol.errors import UserError
+from smol.paths import is_url
 
 FORMAT = 1
 NAME = "card.json"
+SEAL = "sha256"  # the digest of all else that card.json says
 SPLITS = ("train", "held_out")
 
 
@@ -93,19 +95,27 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write ``card.json``; call it last."""
-    write_json(Path(folder) / NAME, asdict(card))
+    """Write ``card.json`` and seal it with its digest; call it last."""
+    fields = asdict(card)
+    write_json(Path(folder) / NAME, {**fields, SEAL: _seal(fields)})
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def read_card(folder: str | Path, storage_options: dict[str, Any] | None = None) -> Card:
     """Read the card of a prepared source.
+
+    A card without a seal is taken as it is; early ones have none.
 
     Args:
         folder: Local, or any fsspec URL.
         storage_options: Passed to fsspec (endpoint, credentials, …).
 
     Raises:
-        UserError: There is no card, it is broken, or its format is not the one known here.
+        UserError: There is no card, it is broken or was edited, or its format is not the one known
+            here.
     """
     path = f"{str(folder).rstrip('/')}/{NAME}"
     text = _read_text(path, storage_options or {})
@@ -116,6 +126,12 @@ def read_card(folder: str | Path, storage_options: dict[str, Any] | None = None)
         fields = json.loads(text)
         if fields["format"] != FORMAT:
             raise UserError(f"{path} has format {fields['format']}, expected {FORMAT}: {again}")
+        seal = fields.pop(SEAL, None)
+        if seal is not None and seal != _seal(fields):
+            raise UserError(
+                f"{path} was changed since it was written, its content does not fit its {SEAL} "
+                f"{seal[:12]}…: put the original back, or {again}"
+            )
         chunks = {split: [Chunk(**entry) for entry in fields["chunks"][split]] for split in SPLITS}
         return Card(**{**fields, "chunks": chunks})
     except UserError:
@@ -140,24 +156,52 @@ def _read_text(path: str, storage_options: dict[str, Any]) -> str | None:
         ) from None
 
 
-def verify(folder: str | Path) -> Card:
-    """Read every chunk and compare its size and SHA-256 with the card.
+def check_chunk(file: Path, entry: Chunk, digest: bool = True) -> None:
+    """Compare a chunk file with its entry in the card.
 
     Raises:
-        UserError: A chunk is missing, cut short or changed; names the file.
+        UserError: missing, of another size, or (with ``digest``) of another SHA-256.
     """
-    card = read_card(folder)
-    for split in SPLITS:
-        for chunk in card.chunks[split]:
-            path = Path(folder) / split / chunk.file
-            if not path.is_file():
-                raise UserError(f"{path} is missing, the card lists it: prepare {folder} again.")
-            if (size := path.stat().st_size) != chunk.bytes:
-                raise UserError(f"{path} has {size} bytes, its card says {chunk.bytes}: cut short.")
-            with open(path, "rb") as stream:
-                seen = hashlib.file_digest(stream, "sha256").hexdigest()
-            if seen != chunk.sha256:
-                raise UserError(
-                    f"{path} has SHA-256 {seen[:12]}, its card says {chunk.sha256[:12]}: corrupt."
-                )
-    return card
+    again = "prepare the source again with --overwrite, or copy the file again"
+    if not file.exists():
+        raise UserError(f"chunk {file} is missing, but the card lists it; {again}")
+    size = file.stat().st_size
+    if size != entry.bytes:
+        raise UserError(f"chunk {file} has {size} bytes; the card says {entry.bytes}; {again}")
+    if digest and (seen := _sha256(file)) != entry.sha256:
+        raise UserError(
+            f"chunk {file} is corrupt: SHA-256 {seen[:12]}…; the card says "
+            f"{entry.sha256[:12]}…; {again}"
+        )
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Check a prepared source: its card, and every chunk that the card lists.
+
+    Args:
+        folder: A local folder.
+
+    Returns:
+        One line for each damaged chunk; none if the source is whole.
+
+    Raises:
+        UserError: There is no card, it is damaged, or the folder is a URL.
+    """
+    if is_url(folder):
+        raise UserError(
+            f"{folder} is a URL, expected a local folder; each chunk of a remote one "
+            "is checked when it is fetched"
+        )
+    problems = []
+    for split, chunks in read_card(folder).chunks.items():
+        for chunk in chunks:
+            try:
+                check_chunk(Path(folder, split, chunk.file), chunk)
+            except UserError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

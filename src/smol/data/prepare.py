@@ -44,6 +44,8 @@ class PrepareSettings:
         chunk_tokens: About how many tokens go into a chunk file. A chunk wants a hundred times
             the longest block that will be read from it.
         dtype: ``uint16``, ``int32``, or ``auto`` for the smaller one that fits the vocabulary.
+        min_tokens: Leave out documents of fewer tokens, the end-of-text token included. With one
+            more than a context, each document left has a target that the context did not reach.
     """
 
     held_out: float = 0.005
@@ -51,14 +53,27 @@ class PrepareSettings:
     seed: int = 0
     chunk_tokens: int = 2**24
     dtype: str = "auto"
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out is {self.held_out}, expected a share from 0 to below 1.")
         if not 1 <= self.chunk_tokens <= 2**29:
             raise UserError(f"chunk_tokens is {self.chunk_tokens}, expected 1 to {2**29}.")
+        if self.min_tokens < 0:
+            raise UserError(f"min_tokens is {self.min_tokens}, expected 0 or more.")
         if self.dtype not in ("auto", *DTYPES):
             raise UserError(f"dtype is '{self.dtype}', expected auto, uint16 or int32.")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a card says of the settings: without ``min_tokens`` where it is off.
+
+        So data prepared before there was such a setting keeps its identity.
+        """
+        described = asdict(self)
+        if not self.min_tokens:
+            del described["min_tokens"]
+        return described
 
     def dtype_for(self, vocab_size: int) -> str:
         """Return the type of the token ids.
@@ -121,7 +136,7 @@ def prepare(
     dtype = settings.dtype_for(loaded.vocab_size)
     source = {"source": type(documents).__name__, **documents.settings()}
     plan = {
-        "settings": {**asdict(settings), "dtype": dtype, "documents": source},
+        "settings": {**settings.describe(), "dtype": dtype, "documents": source},
         "tokenizer": loaded.describe(),
         "inputs": documents.inputs(),
     }
@@ -195,11 +210,16 @@ class _Worker:
         train = ChunkWriter(self.output / "train", stem, settings.chunk_tokens, settings.shuffle)
         held = []
         documents, size = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+        left_out = 0
         for texts in _batches(shard):
             batch_bytes = 0
             for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
                 encoded = text.encode()
                 tokens = np.array([*ids, self.tokenizer.eos_id], f"<{np.dtype(self.dtype).str[1:]}")
+                batch_bytes += len(encoded)
+                if len(tokens) < settings.min_tokens:
+                    left_out += 1
+                    continue
                 digest = hashlib.sha256(encoded).digest()
                 split = split_of(digest, settings.held_out)
                 if split == "train":
@@ -208,12 +228,13 @@ class _Worker:
                     held.append(tokens)
                 documents[split] += 1
                 size[split] += len(encoded)
-                batch_bytes += len(encoded)
             count(len(texts), batch_bytes)
         chunks = [asdict(chunk) for chunk in train.close()]
         held_out = b"".join(tokens.tobytes() for tokens in held)
         cards.write_atomic(_work(self.output) / f"held_out-{number:05d}.bin", held_out)
-        manifest = {"documents": documents, "bytes": size, "chunks": chunks}
+        manifest = {
+            "documents": documents, "left_out": left_out, "bytes": size, "chunks": chunks
+        }  # fmt: skip
         cards.write_json(_manifest(self.output, number), manifest)
 
 
@@ -327,9 +348,14 @@ def _finish(
     manifests = [json.loads(_manifest(output, number).read_text()) for number in range(shards)]
     count = {s: sum(manifest["documents"][s] for manifest in manifests) for s in SPLITS}
     size = {s: sum(manifest["bytes"][s] for manifest in manifests) for s in SPLITS}
+    left_out = sum(manifest.get("left_out", 0) for manifest in manifests)
+    min_tokens = plan["settings"].get("min_tokens", 0)
+    if min_tokens:
+        log(f"{output}: left out {left_out:,} documents of fewer than {min_tokens:,} tokens.")
     if count["train"] == 0:
         _remove(output)
-        raise UserError(f"{output}: no documents for training in the input ({count} found).")
+        short = f", {left_out:,} are shorter than min_tokens {min_tokens}" if left_out else ""
+        raise UserError(f"{output}: no documents for training in the input ({count} found{short}).")
     if count["held_out"] == 0 and plan["settings"]["held_out"]:
         log(f"{output}: no document was held out, {sum(count.values())} are too few.")
     writer = ChunkWriter(output / "held_out", "chunk", plan["settings"]["chunk_tokens"], False)

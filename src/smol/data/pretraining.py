@@ -115,7 +115,10 @@ class Pretraining(LightningDataModule):
         if self.embedded is not None:
             from smol.data.corpora import ensure_embedded
 
-            ensure_embedded(resolve(self.embedded), self.embedded_vocab_size, log=rank_zero_info)
+            paths = [s.path for stage in self.stages.values() for s in stage.sources.values()]
+            ensure_embedded(
+                resolve(self.embedded), self.embedded_vocab_size, log=rank_zero_info, paths=paths
+            )
 
     def setup(self, stage: str | None = None) -> None:
         """Open tokenizer and sources, and check that they belong together."""

@@ -7,7 +7,6 @@ read at random.
 """
 
 import contextlib
-import hashlib
 import os
 import time
 from collections import OrderedDict
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smol.data.card import Card, Chunk, read_card
+from smol.data.card import Card, Chunk, check_chunk, read_card
 from smol.errors import UserError
 from smol.paths import is_url, resolve
 
@@ -94,31 +93,6 @@ class TokenStream:
     def __getstate__(self) -> dict:
         # Memory maps do not travel to data workers; each opens its own.
         return self.__dict__ | {"_open": OrderedDict()}
-
-
-def check_chunk(file: Path, entry: Chunk, digest: bool = True) -> None:
-    """Compare a chunk file with its entry in the card.
-
-    Raises:
-        UserError: missing, of another size, or (with ``digest``) of another SHA-256.
-    """
-    again = "prepare the source again with --overwrite, or copy the file again"
-    if not file.exists():
-        raise UserError(f"chunk {file} is missing, but the card lists it; {again}")
-    size = file.stat().st_size
-    if size != entry.bytes:
-        raise UserError(f"chunk {file} has {size} bytes; the card says {entry.bytes}; {again}")
-    if digest and (seen := sha256(file)) != entry.sha256:
-        raise UserError(
-            f"chunk {file} is corrupt: SHA-256 {seen[:12]}…; the card says "
-            f"{entry.sha256[:12]}…; {again}"
-        )
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class ChunkCache:

@@ -70,6 +70,20 @@ def run_shards(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def leave_with_parent() -> None:
+    """End this process when its parent does.
+
+    To be called in each process of a pool, which would otherwise wait for ever for a parent that
+    was killed.
+    """
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 _task: Task
 _done: Any
 
@@ -78,13 +92,7 @@ def _start(task: Task, done: Any) -> None:
     global _task, _done
     _task, _done = task, done
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-
-    def leave_with_parent() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    # A pool's processes would otherwise wait for ever for a parent that was killed.
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    leave_with_parent()
 
 
 def _work(number: int, shard: Shard) -> None:

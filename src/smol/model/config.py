@@ -98,7 +98,7 @@ class RopeConfig:
     """Rotary position embedding (Su et al. 2021), optionally stretched by YaRN (Peng et al. 2023).
 
     Raises:
-        UserError: If YaRN is asked for without the context it stretches.
+        UserError: If a number is out of range.
     """
 
     theta: float = 50_000.0
@@ -106,7 +106,10 @@ class RopeConfig:
     yarn_factor: float | None = None
     """How many times longer than ``original_context`` the context becomes; ``null``: no YaRN."""
     original_context: int | None = None
-    """Context length in tokens that the model was trained with before YaRN."""
+    """Context in tokens of the training before YaRN; ``null``: what the checkpoint says of itself.
+
+    A checkpoint records it, so that ``yarn_factor`` alone stretches any of them.
+    """
     beta_fast: float = 32.0
     """YaRN keeps dimensions that turn more often than this within the original context."""
     beta_slow: float = 1.0
@@ -115,12 +118,9 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.theta <= 1:
             raise UserError(f"rope theta is {self.theta}; it must be greater than 1.")
-        if self.yarn_factor is None:
-            return
-        if self.yarn_factor < 1:
+        if self.yarn_factor is not None and self.yarn_factor < 1:
             raise UserError(f"rope yarn_factor is {self.yarn_factor}; it must be at least 1.")
-        if not self.original_context:
+        if self.original_context is not None and self.original_context < 1:
             raise UserError(
-                f"rope yarn_factor is {self.yarn_factor} but original_context is missing; "
-                "set it to the context length of the training before."
+                f"rope original_context is {self.original_context}; it must be at least 1."
             )

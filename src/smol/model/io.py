@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -57,6 +57,25 @@ def read_description(folder: str | Path) -> tuple[DecoderConfig, RopeConfig]:
         return DecoderConfig(**description["decoder"]), RopeConfig(**description["rope"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe a decoder: {error}.") from error
+
+
+def with_trained_context(rope: RopeConfig, folder: str | Path | None) -> RopeConfig:
+    """Let YaRN stretch the context that a model was trained with.
+
+    Args:
+        rope: What the configuration says.
+        folder: Decoder folder or checkpoint whose weights will be used, if any.
+
+    Returns:
+        ``rope``, with the folder's ``original_context`` where YaRN needs one and none is set.
+
+    Raises:
+        UserError: If the folder's description is missing or does not parse.
+    """
+    if rope.yarn_factor is None or rope.original_context is not None or folder is None:
+        return rope
+    _, trained = read_description(folder)
+    return replace(rope, original_context=trained.original_context)
 
 
 def load_decoder(

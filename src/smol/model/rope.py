@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from smol.errors import UserError
 from smol.model.config import RopeConfig
 
 Rotation = tuple[Tensor, Tensor]
@@ -22,11 +23,20 @@ def inverse_frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
 
     Returns:
         ``(head_dim / 2,)``, float32, on the CPU.
+
+    Raises:
+        UserError: If YaRN is asked for without the context it stretches.
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / (rope.theta ** (pairs / head_dim))
     if rope.yarn_factor is None:
         return frequencies
+    if rope.original_context is None:
+        raise UserError(
+            f"rope yarn_factor is {rope.yarn_factor} but original_context is missing and no "
+            "checkpoint says it; set it to the context of the training before, as in "
+            "--model.rope.original_context 256"
+        )
 
     def pair_turning(rotations: float) -> float:
         """Index of the pair that turns this many times within the original context."""

@@ -1,7 +1,7 @@
 """What all training objectives share: decoder, optimiser, schedule, normalisation, logging."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +266,7 @@ class DecoderModule(LightningModule):
         checkpoint["files"] = {
             DESCRIPTION: {
                 "decoder": asdict(self.decoder_config),
-                "rope": asdict(self.decoder.rope),
+                "rope": asdict(self._trained_rope()),
             }
         }
         checkpoint["manifest"] = {
@@ -276,6 +276,13 @@ class DecoderModule(LightningModule):
             "config_digest": self.config_digest,
             "run_name": Path(self.trainer.default_root_dir).name,
         }
+
+    def _trained_rope(self) -> RopeConfig:
+        """The rotary embedding, and the context it was trained at for YaRN to stretch."""
+        rope = self.decoder.rope
+        if rope.yarn_factor is None and self._batch is not None:
+            rope = replace(rope, original_context=self._batch.tokens.shape[1])
+        return rope
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_shapes(checkpoint["state_dict"], self.state_dict())

@@ -1,7 +1,14 @@
-"""The embedded corpora: text that any Python environment holds or can compute."""
+"""The embedded corpora: text that any Python environment holds or can compute.
+
+There are three: prose, code and maths. Beside each, ``long_N/prose`` and so on hold its documents
+of more than N tokens, for stages with a longer context; since problems are short, those of
+``long_N/maths`` are generated for the purpose. What is held out of a corpus is held out of its long
+documents, too, whatever N: the split goes by the text.
+"""
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -9,9 +16,13 @@ from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
+from smol.paths import resolve
+
 # A module of code is long, so its share is larger: fewer than a dozen would say little.
 HELD_OUT = {"prose": 0.03, "code": 0.05, "maths": 0.02}
-MATHS_PROBLEMS = 20_000
+HELD_OUT_LONG_MATHS = 0.05
+LONG = re.compile(rf"long_(\d+)/({'|'.join(HELD_OUT)})")
+MATHS_PROBLEMS, LONG_MATHS = 20_000, 300  # documents
 
 
 def ensure_embedded(
@@ -19,6 +30,7 @@ def ensure_embedded(
     vocab_size: int = 4096,
     workers: int = 2,
     log: Callable[[str], None] = print,
+    paths: Iterable[str | Path] | None = None,
 ) -> dict[str, Path]:
     """Prepare what is missing of the embedded corpora and of their tokenizer.
 
@@ -28,9 +40,11 @@ def ensure_embedded(
         vocab_size: Of the tokenizer that is trained when there is none; a multiple of 128.
         workers: Processes.
         log: Receives what is worth a line; nothing when all is there.
+        paths: Prepare only the corpora that belong at these paths, ``data_dir/long_256/prose`` for
+            one, and pass over other paths; by default ``prose``, ``code`` and ``maths``.
 
     Returns:
-        The prepared folder of each corpus by its name: prose, code, maths.
+        The prepared folder of each corpus by its name.
 
     Raises:
         UserError: The tokenizer that is there has another vocabulary size.
@@ -42,7 +56,8 @@ def ensure_embedded(
     from smol.errors import UserError
 
     data_dir = Path(data_dir)
-    folders = {name: data_dir / name for name in HELD_OUT}
+    names = HELD_OUT if paths is None else filter(None, (_name(data_dir, path) for path in paths))
+    folders = {name: data_dir / name for name in names}
     tokenizer = data_dir / "tokenizer"
     if not (tokenizer / "tokenizer.json").exists():
         log(f"{data_dir}: training a tokenizer of {vocab_size:,} tokens on the embedded corpora.")
@@ -56,11 +71,13 @@ def ensure_embedded(
         )
     for name, folder in folders.items():
         if not (folder / NAME).exists():
+            raw, held_out, min_tokens = _recipe(name)
             prepare(
-                Files((str(_raw(data_dir, name, workers)),), shard_bytes=3 * 2**19),
+                Files((str(_raw(data_dir, raw, workers)),), shard_bytes=3 * 2**19),
                 folder,
                 tokenizer,
-                PrepareSettings(held_out=HELD_OUT[name], chunk_tokens=450_000),
+                PrepareSettings(held_out, chunk_tokens=450_000, min_tokens=min_tokens),
+                name=name,
                 workers=workers,
                 log=log,
             )
@@ -71,18 +88,45 @@ def documents(name: str, map_files: Callable = map) -> Iterable[str]:
     """Return the documents of a corpus by its name.
 
     Args:
-        name: ``prose``, ``code`` or ``maths``.
+        name: ``prose``, ``code``, ``maths`` or ``long_maths``.
         map_files: Like the built-in ``map``, for work on many files.
     """
-    from smol.data.corpora import code, maths, prose
+    from smol.data.corpora import code, long_maths, maths, prose
 
-    if name == "prose":
-        return prose.documents(map_files)
-    return code.documents() if name == "code" else maths.documents(MATHS_PROBLEMS)
+    match name:
+        case "prose":
+            return prose.documents(map_files)
+        case "code":
+            return code.documents()
+        case "maths":
+            return maths.documents(MATHS_PROBLEMS)
+        case "long_maths":
+            return long_maths.documents(LONG_MATHS, after=MATHS_PROBLEMS)
+    raise ValueError(f"no corpus '{name}'")
+
+
+def _name(data_dir: Path, path: str | Path) -> str | None:
+    """Return the name of the corpus that belongs at a path, if one does."""
+    path, data_dir = Path(resolve(path)), Path(resolve(data_dir))
+    name = path.relative_to(data_dir).as_posix() if path.is_relative_to(data_dir) else ""
+    return name if name in HELD_OUT or LONG.fullmatch(name) else None
+
+
+def _recipe(name: str) -> tuple[str, float, int]:
+    """Return of a corpus where its documents come from, the share held out, and ``min_tokens``."""
+    long = LONG.fullmatch(name)
+    if long is None:
+        return name, HELD_OUT[name], 0
+    more_than, kind = int(long[1]), long[2]
+    if kind == "maths":
+        return "long_maths", HELD_OUT_LONG_MATHS, more_than + 1
+    return kind, HELD_OUT[kind], more_than + 1
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(max(1, workers), get_context("spawn"))
+    from smol.data.workers import leave_with_parent
+
+    return ProcessPoolExecutor(max(1, workers), get_context("spawn"), leave_with_parent)
 
 
 def _raw(data_dir: Path, name: str, workers: int) -> Path:

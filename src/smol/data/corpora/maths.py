@@ -55,12 +55,12 @@ def documents(count: int, seed: int = 0) -> Iterator[str]:
         yield problem.text
 
 
-def problems(count: int, seed: int = 0) -> Iterator[Problem]:
-    """Yield ``count`` problems, all different, every kind in turn."""
+def problems(count: int | None, seed: int = 0) -> Iterator[Problem]:
+    """Yield ``count`` problems, or no end of them, all different, every kind in turn."""
     kinds = list(KINDS.items())
     seen: set[str] = set()
     number = 0
-    while len(seen) < count:
+    while count is None or len(seen) < count:
         kind, make = kinds[number % len(kinds)]
         question, steps, answer = make(random.Random(f"{seed}/{number}"))
         number += 1
