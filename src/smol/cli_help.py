@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from smol.config import DOTTED_CLASS
 from smol.errors import UserError
 from smol.paths import project_root
 
@@ -40,17 +41,16 @@ def classes(key: str) -> dict[str, str]:
     """The classes that the project has for a key of `PLACES`: class path to its first line."""
     package, base = PLACES[key]
     spec = find_spec(package)
-    found = {}
-    for folder in spec.submodule_search_locations if spec else ():
-        exported = _exported(Path(folder, "__init__.py"))
-        for node in (
-            node for file in Path(folder).glob("*.py") for node in _statements(file, base)
-        ):
-            if not isinstance(node, ast.ClassDef) or node.name not in exported:
-                continue
-            if any(ast.unparse(parent).endswith(base) for parent in node.bases):
-                text = ast.get_docstring(node) or ""
-                found[f"{package}.{node.name}"] = text.partition("\n")[0]
+    if spec is None:
+        return {}
+    init, found = Path(spec.origin), {}
+    exported = _exported(init)
+    for node in (node for file in init.parent.glob("*.py") for node in _statements(file, base)):
+        if not isinstance(node, ast.ClassDef) or node.name not in exported:
+            continue
+        if any(ast.unparse(parent).endswith(base) for parent in node.bases):
+            text = ast.get_docstring(node) or ""
+            found[f"{package}.{node.name}"] = text.partition("\n")[0]
     return dict(sorted(found.items()))
 
 
@@ -65,7 +65,7 @@ def key_help(key: str, class_path: str | None, values: dict[str, Any]) -> str:
     Args:
         key: Where the class goes, such as ``model`` or ``callbacks.throughput``.
         class_path: The class; a class of this project may go by its last name. By default the one
-            that ``values`` set, or the only one there is.
+            that ``values`` set.
         values: The merged configuration.
 
     Raises:
@@ -86,7 +86,10 @@ def key_help(key: str, class_path: str | None, values: dict[str, Any]) -> str:
     from smol.cli_errors import import_class
 
     try:
-        return _class_help(import_class(full_names().get(class_path, class_path)), key)
+        cls = import_class(full_names().get(class_path, class_path))
+        if not isinstance(cls, type):
+            raise UserError(f"'{class_path}' is no class")
+        return _class_help(cls, key)
     except UserError as error:
         raise UserError(f"--{key}.help: {error}") from None
 
@@ -96,7 +99,7 @@ def _configs() -> Iterator[tuple[str, str]]:
     folder = project_root() / "configs"
     for file in sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file)):
         if file.parent.name != "data":  # those are of prepare.py
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             comment = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
             yield f"configs/{file.relative_to(folder)}", comment
 
@@ -107,17 +110,17 @@ def _table(rows: dict[str, str], indent: int) -> Iterator[str]:
         yield (head + shorten(text, WIDTH - len(head), placeholder="…")).rstrip()
 
 
-def _statements(file: Path, base: str) -> list[ast.stmt]:
-    """The statements of a source file, if it can hold a class that is derived from a base."""
+def _statements(file: Path, word: str) -> list[ast.stmt]:
+    """The statements of a source file, if the word is in it."""
     source = file.read_bytes()
     try:
-        return ast.parse(source).body if base.encode() in source else []
+        return ast.parse(source).body if word.encode() in source else []
     except SyntaxError:  # told when it is imported
         return []
 
 
 def _exported(file: Path) -> set[str]:
-    for node in ast.parse(file.read_bytes()).body:
+    for node in _statements(file, "__all__"):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
     return set()
@@ -131,7 +134,7 @@ def _configured(key: str, values: dict[str, Any]) -> tuple[str, str] | None:
         node = node.get(part) if isinstance(node, dict) else None
         path.append(part)
         class_path = node.get("class_path") if isinstance(node, dict) else node
-        if isinstance(class_path, str):
+        if isinstance(class_path, str) and DOTTED_CLASS.fullmatch(class_path):
             found = ".".join(path), class_path
     return found
 

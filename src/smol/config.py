@@ -28,7 +28,7 @@ MAPPINGS = ("trainer", "callbacks", "vars")  # never a scalar, unlike a class
 NAMED = {"callbacks", "stages", "mixture"}  # mappings whose keys are made up by users
 CLOSE = 0.7  # a name this near to another one is taken for a misspelling of it
 _VARIABLE = re.compile(r"\bvars\.(\w+(?:\.\w+)*)")
-_DOTTED_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+DOTTED_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def compose(files: Iterable[str | Path], overrides: Mapping[str, Any] | None = N
 def merge(below: Any, above: Any) -> Any:
     """Lay one value over another by the three rules of this module; neither is changed."""
     # A class may be written as its path alone, and so be swapped or given arguments later.
-    if _is_class(below) and isinstance(above, str) and _DOTTED_CLASS.fullmatch(above):
+    if _is_class(below) and isinstance(above, str) and DOTTED_CLASS.fullmatch(above):
         above = {"class_path": above}
     elif isinstance(below, str) and isinstance(above, dict) and "init_args" in above:
         below = {"class_path": below}

@@ -1,6 +1,8 @@
 """Lightning's own save and resume, through safe files."""
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -192,6 +194,21 @@ def test_saving_over_a_link_spares_what_it_points_to(tmp_path, saved):
     io.remove_checkpoint(link)
     io.remove_checkpoint(link)
     assert not link.exists()
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
+    script = (
+        "import os, sys\n"
+        "from smol.checkpoints import SafeCheckpointIO\n"
+        "os.rename = lambda *_: os._exit(9)\n"
+        "SafeCheckpointIO().save_checkpoint({'global_step': 1}, sys.argv[1])"
+    )
+    folder = tmp_path / "step[1]"
+    done = subprocess.run([sys.executable, "-c", script, str(folder)])
+    assert done.returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    SafeCheckpointIO().save_checkpoint({"global_step": 1}, folder)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_manifest_fields_and_refusals(tmp_path, saved):

@@ -121,6 +121,11 @@ class TestKeys:
                 "--callbacks.NAME.help: unknown class 'callbacks.Chekpoint'. "
                 "Did you mean 'callbacks.Checkpoint'?",
             ),
+            ("--model.help os.path.join", "--model.help: 'os.path.join' is no class"),
+            (
+                "--config run.yaml --name.help",
+                "no class is known for --name; type --name.help CLASS, or --help for all keys",
+            ),
             (
                 "--nosuch.help",
                 "no class is known for --nosuch; type --nosuch.help CLASS, or --help for all keys",

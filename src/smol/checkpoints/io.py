@@ -1,5 +1,6 @@
 """Lightning's checkpoints in this project's format, without pickle."""
 
+import glob
 import os
 import shutil
 import uuid
@@ -12,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from smol.checkpoints.format import fsync, read_checkpoint, write_checkpoint
-from smol.checkpoints.store import MARKER_FILE, commit, read_manifest, verify_files
+from smol.checkpoints.store import MARKER_FILE, committed, read_manifest, verify_files
 from smol.errors import UserError
 
 MANIFEST_KEY = "manifest"
@@ -56,17 +57,16 @@ class SafeCheckpointIO(CheckpointIO):
         metadata |= checkpoint.get(MANIFEST_KEY, {})
         checkpoint = {k: v for k, v in checkpoint.items() if k not in HYPER_PARAMETERS}
 
+        for interrupted in path.parent.glob(f".{glob.escape(path.name)}.new-*"):
+            shutil.rmtree(interrupted)
         attempt = uuid.uuid4().hex[:8]
         new, old = (path.with_name(f".{path.name}.{state}-{attempt}") for state in ("new", "old"))
-        try:
-            write_checkpoint(new, checkpoint)
-            commit(new, checkpoint.get("global_step", 0), metadata)
+        step = checkpoint.get("global_step", 0)
+        with committed(new, step, lambda folder: write_checkpoint(folder, checkpoint), metadata):
             if path.exists() or path.is_symlink():
                 os.rename(path, old)
             os.rename(new, path)
             fsync(path.parent)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
         _remove(old)
 
     def load_checkpoint(

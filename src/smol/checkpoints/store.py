@@ -22,7 +22,8 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -128,8 +129,12 @@ class CheckpointStore(Protocol):
     def delete(self, info: CheckpointInfo) -> None:
         """Delete a checkpoint, its marker first."""
 
-    def latest_verified(self) -> CheckpointInfo | None:
-        """Return the newest checkpoint that passes :meth:`verify`; None if there is none."""
+    def latest_verified(self, infos: "list[CheckpointInfo] | None" = None) -> CheckpointInfo | None:
+        """Return the newest checkpoint that passes :meth:`verify`; None if there is none.
+
+        Args:
+            infos: What :meth:`list` returned, where the caller has called it.
+        """
 
 
 def new_key(step: int) -> str:
@@ -176,6 +181,32 @@ def commit(folder: Path, step: int, metadata: dict[str, Any]) -> Manifest:
         fsync(folder / name)
         fsync(folder)
     return manifest
+
+
+@contextmanager
+def committed(
+    folder: Path, step: int, write: Callable[[Path], None], metadata: dict[str, Any]
+) -> Iterator[Manifest]:
+    """Write and commit a checkpoint under a temporary name, to be renamed or uploaded within.
+
+    Args:
+        folder: The temporary name; what is still there at the end is removed.
+        step: Optimiser steps taken.
+        write: Writes the payload into the empty folder that it is given.
+        metadata: Further fields of the :class:`Manifest`, by name.
+
+    Yields:
+        The manifest of what is now whole and on the disk.
+
+    Raises:
+        NonFiniteError: If a weight or a moment is not finite.
+    """
+    folder.mkdir(parents=True)
+    try:
+        write(folder)
+        yield commit(folder, step, metadata)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_manifest(fs: AbstractFileSystem, folder: str) -> Manifest:
@@ -249,10 +280,16 @@ class FsspecStore:
             ``s3://bucket/run``.
         cache: Local folder for uploads in preparation and for downloads, where ``url`` is remote;
             None for one in the system's temporary folder.
+        storage_options: Of the file system, such as endpoint and keys of an S3 server.
     """
 
-    def __init__(self, url: str | Path, cache: str | Path | None = None) -> None:
-        self.fs, self.root = url_to_fs(str(url))
+    def __init__(
+        self,
+        url: str | Path,
+        cache: str | Path | None = None,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.fs, self.root = url_to_fs(str(url), **(storage_options or {}))
         self.is_local = isinstance(self.fs, LocalFileSystem)
         if self.is_local:
             self._work = Path(self.root)
@@ -265,34 +302,33 @@ class FsspecStore:
     def list(self) -> list[CheckpointInfo]:
         """See :meth:`CheckpointStore.list`. A marker that fits no manifest is reported."""
         infos = []
-        for key in self._keys():
-            if self.fs.exists(f"{self.root}/{key}/{MARKER_FILE}"):
-                try:
-                    manifest = read_manifest(self.fs, f"{self.root}/{key}")
-                except UserError as error:
-                    log.warning("checkpoint ignored: %s", error)
-                else:
-                    infos.append(self._info(key, manifest))
+        for key in self.marked():
+            try:
+                manifest = read_manifest(self.fs, f"{self.root}/{key}")
+            except UserError as error:
+                log.warning("checkpoint ignored: %s", error)
+            else:
+                infos.append(self._info(key, manifest))
         return sorted(infos, key=lambda info: (info.manifest.lineage, info.manifest.step, info.key))
+
+    def marked(self) -> "list[str]":
+        """Return the keys with a commit marker, whether or not their checkpoints are whole."""
+        keys = self._keys()
+        return [key for key in keys if self.fs.exists(f"{self.root}/{key}/{MARKER_FILE}")]
 
     def save(
         self, step: int, write: Callable[[Path], None], metadata: dict[str, Any]
     ) -> CheckpointInfo:
         """See :meth:`CheckpointStore.save`."""
-        self._remove_leftovers()
+        self.remove_leftovers()
         key = new_key(step)
         staging = self._work / f"{_STAGING}{key}"
-        staging.mkdir(parents=True)
-        try:
-            write(staging)
-            manifest = commit(staging, step, metadata)
+        with committed(staging, step, write, metadata) as manifest:
             if self.is_local:
                 os.rename(staging, self._work / key)
                 fsync(self._work)
             else:
-                self._upload(staging, key, manifest)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+                self.upload(staging, key, manifest)
         return self._info(key, manifest)
 
     def verify(self, info: CheckpointInfo) -> None:
@@ -309,7 +345,7 @@ class FsspecStore:
         local = LocalFileSystem()
         if not target.exists():
             self._work.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._work, prefix=".download-") as name:
+            with tempfile.TemporaryDirectory(dir=self._work, prefix=_STAGING) as name:
                 folder = Path(name) / info.key
                 for file in (*info.manifest.files, MANIFEST_FILE, MARKER_FILE):
                     (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -327,9 +363,9 @@ class FsspecStore:
             fsync(self._work / info.key)
         self.fs.rm(f"{self.root}/{info.key}", recursive=True)
 
-    def latest_verified(self) -> CheckpointInfo | None:
+    def latest_verified(self, infos: "list[CheckpointInfo] | None" = None) -> CheckpointInfo | None:
         """See :meth:`CheckpointStore.latest_verified`. Every one passed over is reported."""
-        for info in reversed(self.list()):
+        for info in reversed(self.list() if infos is None else infos):
             try:
                 self.verify(info)
             except UserError as error:
@@ -353,19 +389,44 @@ class FsspecStore:
         names = (path.rstrip("/").rpartition("/")[2] for path in paths)
         return sorted(name for name in names if _KEY.fullmatch(name))
 
-    def _upload(self, folder: Path, key: str, manifest: Manifest) -> None:
-        """Upload a committed local folder: payload, manifest, read back, marker."""
+    def upload(
+        self,
+        folder: Path,
+        key: str,
+        manifest: Manifest,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy a committed local folder here: payload, manifest, read back, marker.
+
+        Args:
+            folder: The checkpoint; other files in it are not copied.
+            key: Its key, which stays the same.
+            manifest: Its manifest.
+            check: Called before the marker; what it raises leaves the copy without one.
+
+        Raises:
+            UserError: If what is read back is not what was written; there is no marker then.
+        """
         target = f"{self.root}/{key}"
         for name in (*manifest.files, MANIFEST_FILE):
-            self.fs.put_file(str(folder / name), f"{target}/{name}")
+            self._put(folder / name, f"{target}/{name}")
         self.fs.invalidate_cache()
         verify_files(self.fs, target, manifest)
-        self.fs.put_file(str(folder / MARKER_FILE), f"{target}/{MARKER_FILE}")
+        check()
+        self._put(folder / MARKER_FILE, f"{target}/{MARKER_FILE}")
+        read_manifest(self.fs, target)
 
-    def _remove_leftovers(self) -> None:
+    def _put(self, source: Path, target: str) -> None:
+        if self.is_local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.fs.put_file(str(source), target)
+        if self.is_local:
+            fsync(Path(target))
+            fsync(Path(target).parent)
+
+    def remove_leftovers(self) -> None:
         """Remove what interrupted saves and deletions have left."""
         for folder in self._work.glob(f"{_STAGING}*"):
             shutil.rmtree(folder, ignore_errors=True)
-        for key in self._keys():
-            if not self.fs.exists(f"{self.root}/{key}/{MARKER_FILE}"):
-                self.fs.rm(f"{self.root}/{key}", recursive=True)
+        for key in set(self._keys()) - set(self.marked()):
+            self.fs.rm(f"{self.root}/{key}", recursive=True)
