@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.events import record
-from callbacks.fault_hooks import largest_file
-from callbacks.faults import Fault
+from callbacks.parts.fault_hooks import largest_file
+from callbacks.parts.faults import Fault
 from smol.errors import UserError
 
 __all__ = ["Fault", "FaultInjection"]

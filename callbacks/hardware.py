@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.events import record
-from callbacks.sampler import THROTTLED, Sampler, open_gpu
+from callbacks.parts.sampler import THROTTLED, Sampler, open_gpu
 from smol.errors import UserError
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.events import record
-from callbacks.forensics import find_non_finite, first_non_finite_module, write_forensics
-from callbacks.rollback_points import RollbackPoints
-from callbacks.spike_detector import SpikeDetector
+from callbacks.parts.forensics import end_diverged, find_non_finite, first_non_finite_module
+from callbacks.parts.rollback_points import RollbackPoints
+from callbacks.parts.spike_detector import SpikeDetector
 from smol.errors import UserError
 from smol.modules.snapshot import Clock
 from smol.modules.steps import rewind_loggers
@@ -30,13 +30,13 @@ class NaNRollback(Callback):
     2. A second one within ``recurs`` steps undoes what may have caused it: back to the newest
        snapshot in memory that is ``age`` steps old, to an older one when that was tried before, to
        a checkpoint of the run when there is none. What was read since then is not read again.
-    3. From the second rollback within ``budget_steps`` the learning rate is cut. After
+    3. From the second rollback within ``budget_steps`` the learning rate is cut, in modules that
+       multiply it with their ``learning_rate_scale``, as this project's do. After
        ``max_rollbacks`` the run ends, and leaves a folder ``nan_rollback/step-...`` with the
        micro-batches, norms and the first module whose output is not finite.
 
-    After a dropped step or a rollback all goes on as in a run whose data never contained what was
-    read in between. Each is an event. Snapshots are kept in the memory of the host: with AdamW 12
-    bytes for each parameter of this process, times ``snapshots``.
+    After either all goes on as in a run whose data never contained what was read in between. Each
+    is an event. A snapshot takes, with AdamW, 12 bytes of the host's memory for each parameter.
 
     .. code-block:: yaml
 
@@ -57,7 +57,6 @@ class NaNRollback(Callback):
         max_rollbacks: Rollbacks within ``budget_steps`` attempts.
         budget_steps: See ``max_rollbacks``.
         learning_rate_cut: Factor of the learning rate, kept until the end of the run.
-        checkpoints: Folder of the run's checkpoints in the run folder.
     """
 
     order = 100
@@ -74,30 +73,26 @@ class NaNRollback(Callback):
         max_rollbacks: int = 3,
         budget_steps: int = 1000,
         learning_rate_cut: float = 0.5,
-        checkpoints: str = "checkpoints",
     ):
         if snapshots < 2 or not 0 <= age <= snapshot_every * (snapshots - 1):
             raise UserError(
-                f"NaNRollback snapshots {snapshots}, snapshot_every {snapshot_every}, age {age}: "
-                "expected at least 2 snapshots, and age up to snapshot_every x (snapshots - 1), "
-                "or none would be old enough"
+                f"NaNRollback snapshots {snapshots}, snapshot_every {snapshot_every}, age {age}: at "
+                "least 2, and age up to snapshot_every x (snapshots - 1), or none would be old enough"
             )
         self.recurs = recurs
         self.max_rollbacks, self.budget_steps = max_rollbacks, budget_steps
         self.learning_rate_cut, self.learning_rate_scale = learning_rate_cut, 1.0
         self.detector = SpikeDetector(spike, window, warmup)
-        self.points = RollbackPoints(snapshot_every, snapshots, age, checkpoints, self.detector)
+        self.points = RollbackPoints(snapshot_every, snapshots, age, self.detector)
         self.attempts = self.dropped = 0
         self.rollbacks: list[int] = []  # attempts that ended in one
         self._last_bad: int | None = None
-        self._losses: list[Tensor] = []
-        self._batches: list[Any] = []
+        self._losses, self._batches = [], []
         self._verdict: dict[str, Any] | None = None
         self._point: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if hasattr(pl_module, "learning_rate_scale"):
-            pl_module.learning_rate_scale = self.learning_rate_scale
+        pl_module.learning_rate_scale = self.learning_rate_scale
         self.points.begin(trainer, pl_module)
 
     def on_train_batch_start(
@@ -145,8 +140,8 @@ class NaNRollback(Callback):
         self._losses, self._batches = [], []
         if verdict is None:
             if trainer.global_step % trainer.log_every_n_steps == 0:
-                counts = {"dropped_steps": self.dropped, "rollbacks": len(self.rollbacks)}
-                pl_module.log_dict({f"nan_rollback/{k}": float(v) for k, v in counts.items()})
+                pl_module.log("nan_rollback/dropped_steps", float(self.dropped))
+                pl_module.log("nan_rollback/rollbacks", float(len(self.rollbacks)))
         elif self._point is None:
             self._before.restore(trainer)
             self.dropped += 1
@@ -166,13 +161,9 @@ class NaNRollback(Callback):
                 self.learning_rate_scale *= self.learning_rate_cut
             return point
         spent = f"{len(recent)} rollbacks within {self.budget_steps} steps"
-        why = spent if len(recent) == self.max_rollbacks else "no state is left to go back to"
-        self._verdict["why"] = why
-        folder = write_forensics(trainer, pl_module, self._batches, self._verdict)
-        record(trainer, "diverged", f"{self._verdict['reason']}; {why}", **self._verdict)
-        raise UserError(
-            f"training diverged at step {trainer.global_step}: {self._verdict['reason']}; {why}; what is known is in {folder}; use a lower learning rate, or other data"
-        )
+        none_left = len(recent) < self.max_rollbacks
+        self._verdict["why"] = "no state is left to go back to" if none_left else spent
+        end_diverged(trainer, pl_module, self._batches, self._verdict)
 
     def _roll_back(
         self, trainer: Trainer, pl_module: LightningModule, verdict: dict[str, Any]
@@ -182,16 +173,14 @@ class NaNRollback(Callback):
         if hasattr(data, "skip"):
             data.skip(position, data.loader.position)
         if hasattr(pl_module, "lineage"):
-            # What is saved from now on is newer than what was saved on the way that was left.
-            pl_module.lineage = (pl_module.lineage or 0) + 1
-        if hasattr(pl_module, "learning_rate_scale"):
-            pl_module.learning_rate_scale = self.learning_rate_scale
+            pl_module.lineage = (pl_module.lineage or 0) + 1  # what is saved from now on is newer
+        pl_module.learning_rate_scale = self.learning_rate_scale
         rewind_loggers(trainer)
         self.rollbacks.append(self.attempts)
         self._last_bad = None
-        message = f"from step {step:,} to {self._point.name}, other data: {verdict['reason']}"
-        verdict |= {"from_step": step, "returned_to": self._point.name}
-        verdict["learning_rate_scale"] = self.learning_rate_scale
+        point, scale = self._point.name, self.learning_rate_scale
+        verdict |= {"from_step": step, "returned_to": point, "learning_rate_scale": scale}
+        message = f"from step {step:,} to {point}, other data: {verdict['reason']}"
         record(trainer, "rollback", message, **verdict)
 
     def state_dict(self) -> dict[str, Any]:

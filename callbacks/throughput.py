@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.events import record
-from callbacks.loop_timer import LoopTimer, synchronize
+from callbacks.parts.loop_timer import LoopTimer, synchronize
 from smol.errors import UserError
 from smol.model.flops import flops_per_token, flops_per_token_causal
 from smol.model.peak_flops import peak_flops

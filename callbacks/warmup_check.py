@@ -6,12 +6,12 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.collectives import gather, try_all_reduce
 from callbacks.events import record
-from callbacks.trial_data import open_trial_data, vocab_size_of
-from callbacks.trial_run import run_trial
-from callbacks.trial_steps import trial_steps
-from callbacks.trial_verdicts import (
+from callbacks.parts.collectives import gather, try_all_reduce
+from callbacks.parts.trial_data import open_trial_data, vocab_size_of
+from callbacks.parts.trial_run import run_trial
+from callbacks.parts.trial_steps import trial_steps
+from callbacks.parts.trial_verdicts import (
     Verdict,
     judge_collectives,
     judge_data,

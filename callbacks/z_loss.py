@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.events import record
-from callbacks.robust_window import RobustWindow
+from callbacks.parts.robust_window import RobustWindow
 
 
 class ZLossMonitor(Callback):

@@ -23,7 +23,7 @@ from lightning import Callback
 from tiny import make_module
 
 from callbacks import Events
-from callbacks.fault_kinds import KINDS
+from callbacks.parts.fault_kinds import KINDS
 from smol.errors import UserError
 
 # -- once ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from lightning import Callback
 from tiny import make_data, make_module, make_trainer
 
 from callbacks import Checkpoint, Events
-from callbacks.fault_hooks import on_output
+from callbacks.parts.fault_hooks import on_output
 from smol.data.batch import IGNORE
 from smol.errors import UserError
 from smol.runs import newest_checkpoint

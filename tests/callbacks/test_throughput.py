@@ -12,7 +12,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from tiny import make_data, make_module, make_stages, make_trainer
 from torch.utils.data import DataLoader
 
-from callbacks import Checkpoint, Events, Throughput, loop_timer
+from callbacks import Checkpoint, Events, Throughput
+from callbacks.parts import loop_timer
 from callbacks.throughput import attended_pairs
 from smol.errors import UserError
 from smol.experiments import CSVLogger
@@ -185,7 +186,7 @@ def test_waits_for_the_device_only_where_it_logs(sources, tmp_path, monkeypatch)
     waited = []
     callback = Throughput(peak_flops=PEAK)
     trainer = make_trainer(tmp_path, 9, callbacks=[callback], log_every_n_steps=4)
-    for name in ("callbacks.throughput.synchronize", "callbacks.loop_timer.synchronize"):
+    for name in ("callbacks.throughput.synchronize", "callbacks.parts.loop_timer.synchronize"):
         monkeypatch.setattr(name, lambda device: waited.append(trainer.global_step))
     trainer.fit(make_module(), make_data(sources, micro_batch_tokens=128))
     assert waited == [1, 4, 8]  # the first step is when the clock begins

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from callbacks.collectives import AllReduce
-from callbacks.trial_data import find_fault, fingerprints, shared_rows
-from callbacks.trial_run import Measured
-from callbacks.trial_verdicts import judge_collectives, judge_loss, judge_throughput, unusual
+from callbacks.parts.collectives import AllReduce
+from callbacks.parts.trial_data import find_fault, fingerprints, shared_rows
+from callbacks.parts.trial_run import Measured
+from callbacks.parts.trial_verdicts import judge_collectives, judge_loss, judge_throughput, unusual
 from smol.data.batch import IGNORE, TokenBatch, token_tensors
 
 EOS = 0

@@ -25,7 +25,7 @@ from warmup_parts import (
 
 from callbacks import Checkpoint, Events, Throughput, ZLossMonitor
 from callbacks.nan_rollback import NaNRollback
-from callbacks.trial_steps import TrialSteps
+from callbacks.parts.trial_steps import TrialSteps
 from callbacks.warmup_check import WarmupCheck
 from smol.data.batch import IGNORE
 from smol.errors import UserError

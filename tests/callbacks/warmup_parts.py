@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from callbacks import Checkpoint
-from callbacks.trial_steps import TrialSteps
+from callbacks.parts.trial_steps import TrialSteps
 from callbacks.warmup_check import WarmupCheck
 from smol.data.loader import _MicroBatches
 from smol.errors import UserError

@@ -8,8 +8,8 @@ from tiny import make_data, make_module, make_stages, make_trainer
 
 from callbacks.events import Events
 from callbacks.fault_injection import FaultInjection
-from callbacks.faults import Fault
 from callbacks.nan_rollback import NaNRollback
+from callbacks.parts.faults import Fault
 
 STEP = 256  # tokens of an optimiser step
 GUARD = {

@@ -7,9 +7,9 @@ import test_nan_rollback as drills
 
 from callbacks import nan_rollback
 from callbacks.nan_rollback import NaNRollback
-from callbacks.robust_window import RobustWindow
-from callbacks.rollback_points import RollbackPoints
-from callbacks.spike_detector import SpikeDetector
+from callbacks.parts.robust_window import RobustWindow
+from callbacks.parts.rollback_points import RollbackPoints
+from callbacks.parts.spike_detector import SpikeDetector
 from smol.data.pretraining import Pretraining
 from smol.modules import snapshot
 from smol.modules.snapshot import Snapshot

@@ -10,9 +10,9 @@ from lightning.pytorch import Trainer
 
 from callbacks import Checkpoint
 from callbacks.fault_injection import FaultInjection
-from callbacks.faults import Fault
 from callbacks.nan_rollback import NaNRollback
-from callbacks.spike_detector import SpikeDetector
+from callbacks.parts.faults import Fault
+from callbacks.parts.spike_detector import SpikeDetector
 from smol.checkpoints.store import FsspecStore
 from smol.data.stages import Segment
 from smol.errors import UserError

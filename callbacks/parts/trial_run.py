@@ -9,9 +9,9 @@ import numpy as np
 import psutil
 import torch
 
-from callbacks.collectives import time_product
-from callbacks.trial_data import TrialData, count_tokens, find_fault, fingerprints
-from callbacks.trial_steps import TrialSteps
+from callbacks.parts.collectives import time_product
+from callbacks.parts.trial_data import TrialData, count_tokens, find_fault, fingerprints
+from callbacks.parts.trial_steps import TrialSteps
 
 
 @dataclass

@@ -4,12 +4,15 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from callbacks.events import record
+from smol.errors import UserError
 
 
 def find_non_finite(trainer: Any, pl_module: Any, losses: list[Tensor]) -> dict[str, Any]:
@@ -69,6 +72,21 @@ def first_non_finite_module(pl_module: Any, batches: list[Any]) -> str | None:
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
+
+
+def end_diverged(trainer: Any, pl_module: Any, batches: list[Any], verdict: dict) -> NoReturn:
+    """End a run that cannot be mended; what is known stays in a folder.
+
+    Raises:
+        UserError: Always.
+    """
+    folder = write_forensics(trainer, pl_module, batches, verdict)
+    what = f"{verdict['reason']}; {verdict['why']}"
+    record(trainer, "diverged", what, **verdict)
+    raise UserError(
+        f"training diverged at step {trainer.global_step}: {what}; what is known is in {folder}; "
+        "use a lower learning rate, or other data"
+    )
 
 
 def write_forensics(trainer: Any, pl_module: Any, batches: list[Any], verdict: dict) -> Path:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from callbacks.robust_window import RobustWindow
+from callbacks.parts.robust_window import RobustWindow
 
 
 class SpikeDetector:

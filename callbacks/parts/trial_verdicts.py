@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from statistics import mean, median, median_low
 from typing import Any
 
-from callbacks.collectives import AllReduce
-from callbacks.trial_data import shared_rows
-from callbacks.trial_run import Measured
+from callbacks.parts.collectives import AllReduce
+from callbacks.parts.trial_data import shared_rows
+from callbacks.parts.trial_run import Measured
 
 SHARED = 0.5  # of a process' rows in another one too: repeated text has a few, a fault has all
 SLOW_STEP, SLOW_PROCESS = 3.0, 1.5  # times the median

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from callbacks.loop_timer import synchronize
+from callbacks.parts.loop_timer import synchronize
 
 PERIOD = 8  # small whole numbers, so that sums over 2,000 processes are exact in float32
 

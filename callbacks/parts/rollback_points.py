@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from callbacks.events import record
-from callbacks.spike_detector import SpikeDetector
+from callbacks.parts.spike_detector import SpikeDetector
 from smol.checkpoints.store import FsspecStore
 from smol.errors import UserError
 from smol.modules.snapshot import Snapshot
 from smol.modules.steps import move_step_count
+from smol.runs import CHECKPOINTS
 
 
 @dataclass
@@ -45,15 +46,12 @@ class RollbackPoints:
         every: Optimiser steps between snapshots.
         number: How many are kept.
         age: Steps after which one is taken to be older than the damage.
-        checkpoints: Folder of the run's checkpoints in the run folder.
         detector: Goes back with the run.
     """
 
-    def __init__(
-        self, every: int, number: int, age: int, checkpoints: str, detector: SpikeDetector
-    ):
+    def __init__(self, every: int, number: int, age: int, detector: SpikeDetector):
         self.every, self.number, self.age = every, number, age
-        self.checkpoints, self.detector = checkpoints, detector
+        self.detector = detector
         self._kept: list[_Point] = []
         self._tried: set[Path] = set()
 
@@ -89,7 +87,7 @@ class RollbackPoints:
         return trainer.strategy.broadcast(path)
 
     def _newest_checkpoint(self, trainer: Any, last_step: int) -> Path | None:
-        store = FsspecStore(Path(trainer.default_root_dir, self.checkpoints))
+        store = FsspecStore(Path(trainer.default_root_dir, CHECKPOINTS))
         for info in reversed(store.list()):
             path = store.load_path(info)
             if info.manifest.step > last_step or path in self._tried:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from callbacks.fault_kinds import KINDS, Kind
+from callbacks.parts.fault_kinds import KINDS, Kind
 from smol.errors import UserError, nearest
 
 

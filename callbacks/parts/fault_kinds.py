@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from callbacks.fault_hooks import (
+from callbacks.parts.fault_hooks import (
     around_training_step,
     largest_file,
     local,
@@ -29,7 +29,7 @@ from callbacks.fault_hooks import (
 from smol.errors import UserError
 
 if TYPE_CHECKING:
-    from callbacks.faults import Fault
+    from callbacks.parts.faults import Fault
 
 Context = AbstractContextManager[None]
 TOKEN_FIELDS = ("tokens", "targets", "input_ids", "labels")

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from callbacks.loop_timer import synchronize
+from callbacks.parts.loop_timer import synchronize
 from smol.data.loader import PositionLoader
 from smol.modules.snapshot import Snapshot
 
