@@ -76,8 +76,8 @@ class NaNRollback(Callback):
     ):
         if snapshots < 2 or not 0 <= age <= snapshot_every * (snapshots - 1):
             raise UserError(
-                f"NaNRollback snapshots {snapshots}, snapshot_every {snapshot_every}, age {age}: at "
-                "least 2, and age up to snapshot_every x (snapshots - 1), or none would be old enough"
+                f"NaNRollback snapshots {snapshots}, snapshot_every {snapshot_every}, age {age}; "
+                "expected 2 or more, and an age up to snapshot_every x (snapshots - 1)"
             )
         self.recurs = recurs
         self.max_rollbacks, self.budget_steps = max_rollbacks, budget_steps
