@@ -5,9 +5,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.events import record
 from smol.checkpoints.format import write_checkpoint
 from smol.checkpoints.io import HYPER_PARAMETERS, MANIFEST_KEY
-from smol.checkpoints.store import CheckpointInfo, FsspecStore
+from smol.checkpoints.store import CheckpointInfo, FsspecStore, NonFiniteError
 from smol.errors import UserError
 
 
@@ -15,7 +16,8 @@ class Checkpoint(Callback):
     """Saves a checkpoint every so many optimiser steps and at the end, and keeps the newest.
 
     A checkpoint is taken between two steps, when everything about the step before, its log rows and
-    its validation included, is done. A checkpoint that was resumed from is never deleted.
+    its validation included, is done. A checkpoint that was resumed from is never deleted. One with
+    values that are not finite is not written, and an event; a second one ends the run.
 
     .. code-block:: yaml
 
@@ -37,6 +39,7 @@ class Checkpoint(Callback):
             raise UserError(f"keep is {keep}; at least 2, so that a damaged one can be replaced")
         self.every, self.keep, self.folder = every, keep, folder
         self._saved: tuple[int, int] | None = None  # lineage and step
+        self._refused: int | None = None  # step of a checkpoint that was not finite
         self._sound: set[str] = set()  # keys written or verified by this process
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,20 +48,21 @@ class Checkpoint(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        place = _place(trainer)
         due = self.every and trainer.global_step % self.every == 0
-        if due and _place(trainer) != self._saved:
+        # After a rollback at once, or a restart would take the way that was left.
+        if place != self._saved and (due or place[0] != self._saved[0]):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _place(trainer) != self._saved:
-            self._save(trainer)
+            self._save(trainer, last=True)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, last: bool = False) -> None:
         with trainer.profiler.profile("save_checkpoint"):
-            self._gather_and_write(trainer)
-        self._saved = _place(trainer)
+            self._gather_and_write(trainer, last)
 
-    def _gather_and_write(self, trainer: Trainer) -> None:
+    def _gather_and_write(self, trainer: Trainer, last: bool) -> None:
         # All ranks take part in gathering the state; the first one writes it.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         failure = None
@@ -67,8 +71,16 @@ class Checkpoint(Callback):
                 self._write(trainer, checkpoint)
             except Exception as error:
                 failure = error
+        refused = trainer.strategy.broadcast(isinstance(failure, NonFiniteError))
+        step = trainer.global_step
+        if refused and not last and step <= (self._refused or step):
+            # A guard may see the same and go back; if none does, the next one ends the run.
+            self._refused = step
+            record(trainer, "checkpoint_refused", str(failure))
+            return
         if trainer.strategy.broadcast(failure is not None):
             raise failure or RuntimeError("the first rank could not save a checkpoint")
+        self._saved, self._refused = _place(trainer), None
 
     def _write(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         store = FsspecStore(Path(trainer.default_root_dir, self.folder))

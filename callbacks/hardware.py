@@ -73,9 +73,9 @@ class HardwareMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._step or step % trainer.log_every_n_steps:
+        moved, self._step = step > self._step, step  # not after a dropped or undone step
+        if not moved or step % trainer.log_every_n_steps:
             return
-        self._step = step
         if samples := self._sampler.drain():
             self._values, self._throttle = samples[-1], 0
             for sample in samples:

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 from callbacks.events import record
 from callbacks.parts.forensics import end_diverged, find_non_finite, first_non_finite_module
 from callbacks.parts.rollback_points import RollbackPoints
-from callbacks.parts.spike_detector import SpikeDetector
+from callbacks.parts.spike_detector import SpikeDetector, regime_of
 from smol.errors import UserError
 from smol.modules.snapshot import Clock
-from smol.modules.steps import rewind_loggers
+from smol.modules.steps import forget_last_row, rewind_loggers
 from smol.optim import gradient_norm
 
 
@@ -74,13 +74,9 @@ class NaNRollback(Callback):
         budget_steps: int = 1000,
         learning_rate_cut: float = 0.5,
     ):
-        if snapshots < 2 or not 0 <= age <= snapshot_every * (snapshots - 1):
-            raise UserError(
-                f"NaNRollback snapshots {snapshots}, snapshot_every {snapshot_every}, age {age}; "
-                "expected 2 or more, and an age up to snapshot_every x (snapshots - 1)"
-            )
-        self.recurs = recurs
-        self.max_rollbacks, self.budget_steps = max_rollbacks, budget_steps
+        if recurs < 1:
+            raise UserError(f"NaNRollback recurs is {recurs}, expected at least 1")
+        self.recurs, self.max_rollbacks, self.budget_steps = recurs, max_rollbacks, budget_steps
         self.learning_rate_cut, self.learning_rate_scale = learning_rate_cut, 1.0
         self.detector = SpikeDetector(spike, window, warmup)
         self.points = RollbackPoints(snapshot_every, snapshots, age, self.detector)
@@ -92,6 +88,9 @@ class NaNRollback(Callback):
         self._point: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError("NaNRollback cannot judge losses that are scaled; use bf16-mixed")
+        self._losses, self._batches, self._verdict = [], [], None
         pl_module.learning_rate_scale = self.learning_rate_scale
         self.points.begin(trainer, pl_module)
 
@@ -101,7 +100,7 @@ class NaNRollback(Callback):
         if not self._batches:
             self.points.take_if_due(trainer, pl_module)
             self._before = Clock(trainer)
-            self.detector.begin(batch)
+            self.detector.begin(regime_of(trainer, batch))
         self._batches.append(batch)
 
     def on_before_backward(
@@ -112,10 +111,12 @@ class NaNRollback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        if not self._losses or getattr(pl_module, "step_is_dropped", False):
+            return  # a module may have nothing to learn from a batch
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = getattr(pl_module, "gradient_norm", lambda: gradient_norm(parameters))()
         sums = torch.stack([torch.stack(self._losses).sum(), norm.float()])
-        # A sum with a number that is none is none itself, so this tells of all of them.
+        # Not a number if any of them is none.
         loss, norm = trainer.strategy.reduce(sums, reduce_op="mean").tolist()
         self.attempts += 1
         reason = self.detector.judge(loss, norm)
@@ -126,8 +127,7 @@ class NaNRollback(Callback):
         self._verdict = {"reason": reason, "loss": loss, "gradient_norm": norm}
         self._verdict |= find_non_finite(trainer, pl_module, self._losses)
         self._point = self._point_to_return_to(trainer, pl_module) if again else None
-        if hasattr(pl_module, "drop_step"):
-            pl_module.drop_step()
+        getattr(pl_module, "drop_step", lambda: None)()
         for parameter in parameters:
             parameter.grad = None  # the optimiser passes over it
 
@@ -144,6 +144,7 @@ class NaNRollback(Callback):
                 pl_module.log("nan_rollback/rollbacks", float(len(self.rollbacks)))
         elif self._point is None:
             self._before.restore(trainer)
+            forget_last_row(trainer)
             self.dropped += 1
             record(trainer, "dropped_step", verdict["reason"], **verdict)
         else:
@@ -160,9 +161,8 @@ class NaNRollback(Callback):
             if recent:
                 self.learning_rate_scale *= self.learning_rate_cut
             return point
-        spent = f"{len(recent)} rollbacks within {self.budget_steps} steps"
-        none_left = len(recent) < self.max_rollbacks
-        self._verdict["why"] = "no state is left to go back to" if none_left else spent
+        spent = len(recent) >= self.max_rollbacks and f"{len(recent)} rollbacks"
+        self._verdict["why"] = spent or "no state is left to go back to"
         end_diverged(trainer, pl_module, self._batches, self._verdict)
 
     def _roll_back(
@@ -172,8 +172,8 @@ class NaNRollback(Callback):
         position = self.points.restore(trainer, pl_module, self._point)
         if hasattr(data, "skip"):
             data.skip(position, data.loader.position)
-        if hasattr(pl_module, "lineage"):
-            pl_module.lineage = (pl_module.lineage or 0) + 1  # what is saved from now on is newer
+        # What is saved from now on is newer.
+        pl_module.lineage = (getattr(pl_module, "lineage", None) or 0) + 1
         pl_module.learning_rate_scale = self.learning_rate_scale
         rewind_loggers(trainer)
         self.rollbacks.append(self.attempts)

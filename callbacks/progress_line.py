@@ -62,7 +62,7 @@ class ProgressLine(Callback):
             parts.append(f"loss {float(trainer.callback_metrics['train/loss']):.3f}")
         if tokens:
             parts.append(f"{rate:,.0f} tokens/s")
-        if trainer.max_steps > step and steps_per_second:
+        if trainer.max_steps > step and steps_per_second > 0:  # not after a rollback
             parts.append(f"{_clock((trainer.max_steps - step) / steps_per_second)} left")
         elif whole:
             parts.append(f"took {_clock(now - self._begin[0])}")

@@ -57,7 +57,9 @@ class SampleText(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self.every and step != self._step and step % self.every == 0:
+        moved = step > self._step
+        self._step = min(step, self._step)  # a rollback writes again on the other way
+        if self.every and moved and step % self.every == 0:
             self._write(trainer, pl_module)
             self._step = step
 

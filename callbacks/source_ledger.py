@@ -53,9 +53,9 @@ class SourceLedger(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self._ledger is None or step == self._step or step % trainer.log_every_n_steps:
+        moved, self._step = step > self._step, step  # not after a dropped or undone step
+        if self._ledger is None or not moved or step % trainer.log_every_n_steps:
             return
-        self._step = step
         metrics = self._ledger()
         pl_module.log_dict(metrics)
         self._watch(trainer, metrics)

@@ -71,9 +71,9 @@ class Throughput(Callback):
     ) -> None:
         self._count(batch)
         step = trainer.global_step
-        if step == self._step:
-            return  # not the last micro-batch, or a step that was dropped
-        self._step = step
+        moved, self._step = step > self._step, step
+        if not moved:
+            return  # not the last micro-batch, or a step that was dropped or undone
         if self._window is None:
             synchronize(self._device)  # once: the first step is not timed
             self._window = _Window(*self._timer.read())

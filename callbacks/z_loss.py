@@ -92,9 +92,9 @@ class ZLossMonitor(Callback):
         if self._sums is None or trainer.fit_loop._should_accumulate():
             return
         sums, self._sums = self._sums, None
-        if trainer.global_step == self._step:  # the step was dropped
+        moved, self._step = trainer.global_step > self._step, trainer.global_step
+        if not moved:  # the step was dropped or undone
             return
-        self._step = trainer.global_step
         reduce = trainer.strategy.reduce
         tokens, *totals = reduce(sums, reduce_op="sum").tolist()
         nll, mean, squares, targets = (total / max(tokens, 1) for total in totals)

@@ -80,9 +80,9 @@ def end_diverged(trainer: Any, pl_module: Any, batches: list[Any], verdict: dict
     Raises:
         UserError: Always.
     """
-    folder = write_forensics(trainer, pl_module, batches, verdict)
     what = f"{verdict['reason']}; {verdict['why']}"
     record(trainer, "diverged", what, **verdict)
+    folder = write_forensics(trainer, pl_module, batches, verdict)
     raise UserError(
         f"training diverged at step {trainer.global_step}: {what}; what is known is in {folder}; "
         "use a lower learning rate, or other data"
@@ -106,7 +106,11 @@ def write_forensics(trainer: Any, pl_module: Any, batches: list[Any], verdict: d
     report = {"verdict": verdict, "batches": []}
     for i, batch in enumerate(batches):
         fields = _fields(batch)
-        tensors = {k: v.contiguous().cpu() for k, v in fields.items() if isinstance(v, Tensor)}
+        tensors = {
+            k: v.detach().cpu().contiguous().clone()
+            for k, v in fields.items()
+            if isinstance(v, Tensor)
+        }
         save_file(tensors, mine / f"batch-{i}.safetensors")
         report["batches"].append(
             {k: v for k, v in fields.items() if isinstance(v, int | float | str | bool)}

@@ -8,7 +8,7 @@ import torch
 
 from callbacks.events import record
 from callbacks.parts.spike_detector import SpikeDetector
-from smol.checkpoints.store import FsspecStore
+from smol.checkpoints.store import FsspecStore, Manifest
 from smol.errors import UserError
 from smol.modules.snapshot import Snapshot
 from smol.modules.steps import move_step_count
@@ -47,9 +47,17 @@ class RollbackPoints:
         number: How many are kept.
         age: Steps after which one is taken to be older than the damage.
         detector: Goes back with the run.
+
+    Raises:
+        UserError: No snapshot would ever be old enough.
     """
 
     def __init__(self, every: int, number: int, age: int, detector: SpikeDetector):
+        if every < 1 or number < 2 or not 0 <= age <= every * (number - 1):
+            raise UserError(
+                f"NaNRollback snapshot_every {every}, snapshots {number}, age {age}; expected 1 or "
+                "more, 2 or more, and an age up to snapshot_every x (snapshots - 1)"
+            )
         self.every, self.number, self.age = every, number, age
         self.detector = detector
         self._kept: list[_Point] = []
@@ -57,6 +65,7 @@ class RollbackPoints:
 
     def begin(self, trainer: Any, pl_module: Any) -> None:
         """A run goes on from a state that was verified."""
+        self._lineage = getattr(pl_module, "lineage", None) or 0
         usual = self.detector.state_dict()
         self._kept = [_Point(Snapshot(trainer, pl_module), usual, proven=True)]
 
@@ -92,9 +101,11 @@ class RollbackPoints:
             path = store.load_path(info)
             if info.manifest.step > last_step or path in self._tried:
                 continue
+            if info.manifest.lineage < self._lineage or not _is_on_the_way(trainer, info.manifest):
+                continue
             try:
                 store.verify(info)
-            except UserError:
+            except (UserError, OSError):
                 continue
             return path
         return None
@@ -116,8 +127,20 @@ class RollbackPoints:
         checkpoint = strategy.load_checkpoint(point)
         strategy.load_model_state_dict(checkpoint)
         strategy.load_optimizer_state_dict(checkpoint)
+        schedules = checkpoint.get("lr_schedulers", ())
+        for config, state in zip(trainer.lr_scheduler_configs, schedules, strict=False):
+            config.scheduler.load_state_dict(state)
         move_step_count(trainer, checkpoint["global_step"] - trainer.global_step)
         self.detector.reset()
-        self.begin(trainer, pl_module)
-        self._kept[0].tried = True
+        usual = self.detector.state_dict()
+        self._kept = [_Point(Snapshot(trainer, pl_module), usual, proven=True, tried=True)]
         return checkpoint.get("manifest", {}).get("tokens")
+
+
+def _is_on_the_way(trainer: Any, manifest: Manifest) -> bool:
+    """Whether the run has passed a checkpoint's step and position, and not undone it since."""
+    curriculum = getattr(getattr(trainer.datamodule, "loader", None), "curriculum", None)
+    if curriculum is None:
+        return True
+    history = curriculum.history(manifest.tokens)
+    return (history[-1].stop_step if history else 0) == manifest.step

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from callbacks.parts.robust_window import RobustWindow
+from smol.errors import UserError
 
 
 class SpikeDetector:
@@ -17,6 +18,11 @@ class SpikeDetector:
     """
 
     def __init__(self, threshold: float | None, window: int, warmup: int):
+        if not 1 <= warmup <= window:
+            raise UserError(
+                f"NaNRollback warmup {warmup}, window {window}; expected 1 or more, and a window "
+                "of at least warmup, or nothing would ever be a spike"
+            )
         self.threshold = threshold
         self.loss = RobustWindow(window, warmup, relative=0.02, absolute=1e-3)
         # Healthy runs know single steps of some hundred times the usual norm, and clipping is there
@@ -24,10 +30,8 @@ class SpikeDetector:
         self.log_norm = RobustWindow(window, warmup, relative=0.0, absolute=1.0)
         self._regime: Any = None
 
-    def begin(self, batch: Any) -> None:
-        """A step begins; another stage or context has another loss."""
-        tokens = getattr(batch, "tokens", None)
-        regime = None if tokens is None else [getattr(batch, "stage", None), tokens.shape[1]]
+    def begin(self, regime: Any) -> None:
+        """A step begins; in another regime there is another loss."""
         if regime != self._regime:
             self.reset()
             self._regime = regime
@@ -65,3 +69,12 @@ class SpikeDetector:
         self._regime = state_dict["regime"]
         self.loss.reset(state_dict["losses"])
         self.log_norm.reset(state_dict["log_norms"])
+
+
+def regime_of(trainer: Any, batch: Any) -> list | None:
+    """What must be the same for losses to be compared: stage, context and mixture, if any."""
+    curriculum = getattr(getattr(trainer.datamodule, "loader", None), "curriculum", None)
+    if curriculum is None or not hasattr(batch, "position"):
+        return None
+    segment = curriculum.segment(batch.position)
+    return [segment.stage, segment.context, segment.weights, segment.digests]

@@ -74,7 +74,9 @@ def train(folder: Path, sources: Path, steps=24, faults=(), omit=(), guard=None,
     callbacks = [*kwargs.pop("callbacks", [])]
     if not omit:
         faults = [Fault(**fault) for fault in faults]
-        callbacks += [FaultInjection(faults), NaNRollback(**GUARD | (guard or {})), Events()]
+        guards = [] if guard is False else [NaNRollback(**GUARD | (guard or {}))]
+        callbacks += [FaultInjection(faults), *guards, Events()]
+    callbacks += kwargs.pop("monitors", [])
     decoder = kwargs.pop("decoder", {})
     stages = make_stages(sources, **kwargs.pop("stages", {"one": STAGES["one"]}))
     data = make_data(sources, stages, micro_batch_tokens=kwargs.pop("micro", STEP // 2))

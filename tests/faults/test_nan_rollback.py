@@ -306,5 +306,5 @@ def test_in_any_trainer_with_any_module(omit, tmp_path):
 
 
 def test_settings_that_would_leave_no_snapshot_are_one_line():
-    with pytest.raises(UserError, match="expected 2 or more, and an age"):
+    with pytest.raises(UserError, match="an age up to snapshot_every x"):
         NaNRollback(snapshots=2, snapshot_every=10, age=11)

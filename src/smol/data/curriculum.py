@@ -167,7 +167,8 @@ class Curriculum:
                 break
             stop = position if segment.stop is None else min(position, segment.stop)
             tokens = {name: n * segment.context for name, n in compiled.counts(stop).items()}
-            past.append(replace(segment, stop=stop, tokens=tokens))
+            skipped = tuple((a, min(b, stop)) for a, b in segment.skipped if a < stop)
+            past.append(replace(segment, stop=stop, tokens=tokens, skipped=skipped))
         return tuple(past)
 
 

@@ -245,6 +245,13 @@ class Pretraining(LightningDataModule):
         """Micro-batches of this process in the next optimiser step."""
         return self.loader.accumulation
 
+    @property
+    def trained_context(self) -> int | None:
+        """Tokens per sequence of the last optimiser step that was taken."""
+        history = self.loader.curriculum.history(self.loader.position) if self.loader else ()
+        trained = [s.context for s in history if s.stop - s.start > s.skipped_tokens]
+        return trained[-1] if trained else None
+
     def ledger(self) -> dict[str, float]:
         """Tokens and epochs of each source so far, as metrics."""
         curriculum, position = self.loader.curriculum, self.loader.position

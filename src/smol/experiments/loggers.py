@@ -118,7 +118,8 @@ class CSVLogger(Logger):
 class WandbLogger(LightningWandbLogger):
     """Weights & Biases; a restarted run goes on as the same W&B run.
 
-    W&B keeps what it has been sent, so steps that a restarted run repeats are not sent again.
+    W&B keeps what it has been sent, so steps that a run repeats, after a restart or a rollback, are
+    not sent again.
 
     Args:
         save_dir: The run folder; the W&B run's id is kept in it.
@@ -132,7 +133,12 @@ class WandbLogger(LightningWandbLogger):
         run_id, self._sent_before = kwargs.pop("id", None), -1
         if self._state.exists() and (state := self._state.read_text().split()):
             run_id, self._sent_before = state[0], int(state[1])
+        self._sent = self._sent_before
         super().__init__(save_dir=str(folder), id=run_id, resume="allow", **kwargs)
+
+    def rewind(self, step: int) -> None:
+        """Send nothing of the steps that come again."""
+        self._sent_before = max(self._sent_before, self._sent)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -140,6 +146,7 @@ class WandbLogger(LightningWandbLogger):
             return
         super().log_metrics(metrics, step)
         if step is not None:
+            self._sent = step
             part = self._state.with_suffix(".part")
             part.write_text(f"{self.experiment.id} {step}\n")
             part.replace(self._state)
@@ -157,5 +164,8 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         super().__init__(str(resolve(save_dir)), name="tensorboard", version="", **kwargs)
 
     def rewind(self, step: int) -> None:
-        """Events after ``step`` are purged by the next writer."""
+        """Events after ``step`` are purged by the next writer, which the next event opens."""
         self._kwargs["purge_step"] = step + 1
+        if self._experiment is not None:
+            self._experiment.close()
+            self._experiment = None

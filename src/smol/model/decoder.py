@@ -206,6 +206,5 @@ class Decoder(nn.Module):
 
     def set_rope_theta(self, theta: float) -> None:
         """Change the base of the rotary embedding, from the next forward on."""
-        if theta != self.rope.theta:
-            self.rotary.rope = replace(self.rope, theta=theta)
-            self.rotary.reset()
+        self.rotary.rope = replace(self.rope, theta=theta)
+        self.rotary.reset()  # even if theta is the same: the buffer may have been put back

@@ -164,6 +164,11 @@ class DecoderModule(LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(batch.step_tokens / tokens)
 
+    @property
+    def step_is_dropped(self) -> bool:
+        """Whether the optimiser step whose gradients were computed last is not taken."""
+        return self._dropped
+
     def drop_step(self) -> None:
         """Do not take the optimiser step whose gradients are there; to be called on all ranks.
 
@@ -280,8 +285,9 @@ class DecoderModule(LightningModule):
     def _trained_rope(self) -> RopeConfig:
         """The rotary embedding, and the context it was trained at for YaRN to stretch."""
         rope = self.decoder.rope
-        if rope.yarn_factor is None and self._batch is not None:
-            rope = replace(rope, original_context=self._batch.tokens.shape[1])
+        context = getattr(self.trainer.datamodule, "trained_context", None)
+        if rope.yarn_factor is None and context is not None:
+            rope = replace(rope, original_context=context)
         return rope
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,10 +10,15 @@ def move_step_count(trainer: Any, difference: int) -> None:
     epoch_loop._batches_that_stepped += difference
 
 
+def forget_last_row(trainer: Any) -> None:
+    """Lightning logs the values of the last step once more after one that logs none."""
+    if trainer._results is not None:
+        trainer._results.reset()
+
+
 def rewind_loggers(trainer: Any) -> None:
     """Take back what loggers that can do so hold of steps after the present one."""
-    if trainer._results is not None:
-        trainer._results.reset()  # Lightning writes the last row once more where there is none
+    forget_last_row(trainer)
     for logger in trainer.loggers:
         if hasattr(logger, "rewind"):
             logger.rewind(trainer.global_step)
