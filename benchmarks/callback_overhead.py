@@ -69,7 +69,6 @@ def main() -> None:
         run = train([*line, *flags], run=False)
         alternate = Alternate(options.pairs, options.steps, options.null)
         run.trainer.callbacks.append(alternate)
-        run.trainer.val_check_interval = None
         run.trainer.limit_val_batches = 0
         names = [type(c).__name__ for c in run.trainer.callbacks if c is not alternate]
         run.trainer.fit(run.model, run.datamodule)

@@ -1,6 +1,6 @@
 """Callbacks by name: one file, one idea. A docstring says so where one needs certain data."""
 
-from callbacks.checkpoint import Checkpoint
+from callbacks.checkpoint_rotation import CheckpointRotation
 from callbacks.context_length import ContextLengthSchedule
 from callbacks.eval_loss import EvalLoss
 from callbacks.events import Events
@@ -17,7 +17,7 @@ from callbacks.write_predictions import WritePredictions
 from callbacks.z_loss import ZLossMonitor
 
 __all__ = [
-    "Checkpoint",
+    "CheckpointRotation",
     "ContextLengthSchedule",
     "EvalLoss",
     "Events",

@@ -83,9 +83,6 @@ class ObjectStore:
         return url
 
     def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        self.process.kill()  # it takes ten seconds to end by itself, and keeps nothing
+        self.process.wait()
         self.log.close()

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _Instan
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from smol.checkpoints.replicas import RemoteRuns
 from smol.checkpoints.store import FsspecStore
 from smol.cli import CommandLine, rank, show
 from smol.cli_errors import check_keys, explain
@@ -84,8 +85,14 @@ class SmolCLI(LightningCLI):
         """The checkpoint that the command goes on from; weights to begin with go to the model."""
         settings = self.settings
         training = self.line.command == "fit" or settings.name is None
+        stores = (getattr(callback, "remote", None) for callback in self.trainer.callbacks)
         start = find_start(
-            self.run_folder, settings.ckpt_path, settings.continues, settings.init_from, training
+            self.run_folder,
+            settings.ckpt_path,
+            settings.continues,
+            settings.init_from,
+            training,
+            next((store for store in stores if isinstance(store, RemoteRuns)), None),
         )
         rank_zero_info(f"{settings.name}: {start.reason}")
         if hasattr(self.model, "initial_weights"):
@@ -148,7 +155,7 @@ class SmolCLI(LightningCLI):
         flag, *words = self.line.help
         if flag == "--help":
             (checkpoint,) = (action for action in parser._actions if action.dest == "ckpt_path")
-            checkpoint.help = "Folder of the checkpoint to go on from, or scratch to begin anew."
+            checkpoint.help = "auto, latest, a checkpoint (folder or URL), or scratch."
             show(f"{parser.format_help()}\n{overview()}")
         else:
             key = flag.removeprefix("--").removesuffix(".help")

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from smol.checkpoints.store import CheckpointInfo, FsspecStore
+from smol.checkpoints.replicas import RemoteRuns, Replicas
+from smol.checkpoints.store import CheckpointInfo, FsspecStore, is_key
 from smol.errors import UserError, nearest
 from smol.model.io import WEIGHTS
-from smol.paths import project_root, resolve
+from smol.paths import is_url, project_root, resolve
 
 CHECKPOINTS = "checkpoints"
 
@@ -29,11 +30,17 @@ class Start:
     reason: str = "starts from scratch"
 
 
-def newest_checkpoint(run_folder: Path) -> Path | None:
+def replicas(run_folder: Path, remote: RemoteRuns | None = None) -> Replicas:
+    """The checkpoints of a run, in its folder and in the store of all runs, if there is one."""
+    folder = run_folder / CHECKPOINTS
+    there = None if remote is None else remote.of(run_folder.absolute().name, folder)
+    return Replicas(FsspecStore(folder), there)
+
+
+def newest_checkpoint(run_folder: Path, remote: RemoteRuns | None = None) -> Path | None:
     """The newest checkpoint of a run that passes verification; ``None`` if it has none."""
-    store = FsspecStore(run_folder / CHECKPOINTS)
-    info = store.latest_verified()
-    return None if info is None else store.load_path(info)
+    found = replicas(run_folder, remote).newest()
+    return None if found is None else found[1]
 
 
 def find_start(
@@ -42,49 +49,61 @@ def find_start(
     continues: str | None = None,
     init_from: str | None = None,
     training: bool = True,
+    remote: RemoteRuns | None = None,
 ) -> Start:
     """Decide what a command starts from.
 
-    A run that has checkpoints of its own goes on from them, whatever it began with; so the same
-    line restarts it.
+    A run that has checkpoints of its own, in its folder or in the store, goes on from them,
+    whatever it began with; so the same line restarts it.
 
     Args:
         run_folder: Folder of the run.
-        ckpt_path: A checkpoint's folder that was asked for, or ``"scratch"`` to start anew.
+        ckpt_path: A checkpoint that was asked for, by its folder or URL; the URL of a run's store
+            for its newest; ``"latest"`` for the newest of this run, which must be there;
+            ``"scratch"`` to start anew; ``"auto"`` or None for the newest, if there is one.
         continues: Name of the run whose whole state begins this one.
         init_from: Name of the run (or folder) whose weights begin this one.
         training: Whether the command trains; if not, there must be something to start from.
+        remote: Where the checkpoints of all runs are safe.
 
     Raises:
         UserError: what is named is not there.
     """
-    store = FsspecStore(run_folder / CHECKPOINTS)
+    store = replicas(run_folder, remote)
     own = store.list()
     if ckpt_path == "scratch":
         return Start(lineage=_new_lineage(own, None))
-    if ckpt_path is not None:
-        folder = Path(resolve(ckpt_path))
-        if not folder.exists():
-            raise UserError(f"--ckpt_path {ckpt_path} is not there; expected a checkpoint's folder")
+    if ckpt_path not in (None, "auto", "latest"):
+        folder = _named(str(ckpt_path), run_folder, remote)
         lineage = _new_lineage(own, folder)
-        return Start(checkpoint=folder, lineage=lineage, reason=f"goes on from {folder}")
-    newest = store.latest_verified(own)
+        return Start(checkpoint=folder, lineage=lineage, reason=f"goes on from {ckpt_path}")
+    newest = store.newest(own)
     if newest is not None:
-        folder = store.load_path(newest)
+        info, folder = newest
+        lineage = _new_lineage(own, folder)
+        if not store.complete:  # what is in the store may be newer
+            lineage = info.manifest.lineage + 1
         reason = f"goes on from its own checkpoint {folder}"
-        return Start(checkpoint=folder, lineage=_new_lineage(own, folder), reason=reason)
+        return Start(checkpoint=folder, lineage=lineage, reason=reason)
     if damaged := store.marked():
         raise UserError(
             f"all {len(damaged)} checkpoints in {run_folder / CHECKPOINTS} are damaged; restore "
             "one, or begin anew with --ckpt_path scratch"
         )
+    if ckpt_path == "latest":
+        raise UserError(
+            f"the run '{run_folder.name}' has no checkpoint in {run_folder / CHECKPOINTS}; to "
+            "begin without one type --ckpt_path auto"
+        )
     if continues is not None:
-        found = _predecessor(run_folder.parent, continues)
+        found = _predecessor(run_folder.parent, continues, remote)
         return Start(checkpoint=found, reason=f"continues {continues} from {found}")
     if init_from is not None:
         folder = Path(resolve(init_from))
         found = (
-            folder if (folder / WEIGHTS).exists() else _predecessor(run_folder.parent, init_from)
+            folder
+            if (folder / WEIGHTS).exists()
+            else _predecessor(run_folder.parent, init_from, remote)
         )
         return Start(weights=found, reason=f"takes its weights from {found}")
     if not training:
@@ -102,8 +121,30 @@ def _new_lineage(checkpoints: list[CheckpointInfo], start: Path | None) -> int |
     return checkpoints[-1].manifest.lineage + 1
 
 
-def _predecessor(runs_dir: Path, name: str) -> Path:
-    found = newest_checkpoint(runs_dir / name)
+def _named(ckpt_path: str, run_folder: Path, remote: RemoteRuns | None) -> Path:
+    """The local folder of a checkpoint that was named by a folder or a URL."""
+    if not is_url(ckpt_path):
+        folder = Path(resolve(ckpt_path))
+        if not folder.exists():
+            raise UserError(f"--ckpt_path {ckpt_path} is not there; expected a checkpoint's folder")
+        return folder
+    url, _, name = ckpt_path.rstrip("/").rpartition("/")
+    options = remote.storage_options if remote is not None else None
+    root, key = (url, name) if is_key(name) else (f"{url}/{name}", None)
+    downloads = run_folder / "downloads"
+    store = Replicas(FsspecStore(downloads), FsspecStore(root, downloads, options))
+    infos = [i for i in store.list() if i.key == key or (key is None and store.is_remote(i))]
+    found = store.newest(infos)
+    if found is None:
+        raise UserError(
+            f"--ckpt_path {ckpt_path} is not there, or damaged; expected the URL of a checkpoint, "
+            "or of a folder with checkpoints"
+        )
+    return found[1]
+
+
+def _predecessor(runs_dir: Path, name: str, remote: RemoteRuns | None) -> Path:
+    found = newest_checkpoint(runs_dir / name, None if "/" in name else remote)
     if found is None and "/" in name:
         raise UserError(
             f"{name} has neither {WEIGHTS} nor a run's checkpoints; expected the name of a run in "

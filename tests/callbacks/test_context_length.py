@@ -5,7 +5,7 @@ import torch
 from lightning import Callback
 from tiny import make_data, make_module, make_stages, make_trainer
 
-from callbacks import Checkpoint
+from callbacks import CheckpointRotation
 from callbacks.context_length import ContextLengthSchedule
 from smol.errors import UserError
 from smol.runs import newest_checkpoint
@@ -30,7 +30,7 @@ class Record(Callback):
 
 def train(folder, sources, steps, schedule, stages=None, resume=None):
     record = Record()
-    callbacks = [*([schedule] if schedule else []), Checkpoint(every=1), record]
+    callbacks = [*([schedule] if schedule else []), CheckpointRotation(every=1), record]
     trainer = make_trainer(folder, steps, callbacks=callbacks)
     module = make_module()
     data = make_data(sources, make_stages(sources, **(stages or STAGES)))

@@ -15,7 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from tiny import make_data, make_module, make_stages, make_trainer
 from torch.utils.data import DataLoader
 
-from callbacks import Checkpoint
+from callbacks import CheckpointRotation
 from callbacks.eval_loss import EvalLoss
 from smol.experiments import CSVLogger
 from smol.runs import newest_checkpoint
@@ -38,7 +38,7 @@ def fit(folder, sources, steps, *callbacks, stages=None, resume=None, data=None,
     count = Count()
     options = {"limit_val_batches": 1.0, "val_check_interval": 3} | kwargs
     trainer = make_trainer(
-        folder, steps, callbacks=[count, *callbacks, Checkpoint(every=2)],
+        folder, steps, callbacks=[count, *callbacks, CheckpointRotation(every=2)],
         logger=CSVLogger(str(folder)), **options,
     )  # fmt: skip
     trainer.fit(make_module(), data or make_data(sources, stages), ckpt_path=resume)

@@ -46,10 +46,12 @@ def test_a_line_tells_when_where_and_what(sources, tmp_path):
 
 
 def test_a_restart_appends_and_survives_a_torn_line(sources, tmp_path):
-    from callbacks import Checkpoint
+    from callbacks import CheckpointRotation
 
     def fit(steps, *callbacks, resume=None):
-        trainer = make_trainer(tmp_path, steps, callbacks=[Events(), *callbacks, Checkpoint(2)])
+        trainer = make_trainer(
+            tmp_path, steps, callbacks=[Events(), *callbacks, CheckpointRotation(2)]
+        )
         trainer.fit(make_module(), make_data(sources), ckpt_path=resume)
 
     with pytest.raises(RuntimeError, match="lost"):
@@ -58,12 +60,13 @@ def test_a_restart_appends_and_survives_a_torn_line(sources, tmp_path):
         file.write('{"time": "2026')
     fit(6, resume=newest_checkpoint(tmp_path))
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
-    assert lines.pop(3) == '{"time": "2026'
+    assert lines.pop(4) == '{"time": "2026'
     rows = [json.loads(line) for line in lines]
     assert [(row["kind"], row["step"]) for row in rows] == [
-        ("start", 0), ("found", 3), ("exception", 3), ("start", 2), ("end", 6)
+        ("start", 0), ("saved", 2), ("found", 3), ("exception", 3),
+        ("start", 2), ("saved", 4), ("end", 6), ("saved", 6),
     ]  # fmt: skip
-    assert rows[2]["message"] == "RuntimeError: lost"
+    assert rows[3]["message"] == "RuntimeError: lost"
 
 
 def test_in_any_trainer_and_without_the_callback(tmp_path, caplog):

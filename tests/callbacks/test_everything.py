@@ -9,7 +9,7 @@ from tiny import make_data, make_module, make_stages, make_trainer
 
 import callbacks
 from callbacks import (
-    Checkpoint,
+    CheckpointRotation,
     ContextLengthSchedule,
     EvalLoss,
     Events,
@@ -43,7 +43,7 @@ def everything():
         SourceLedger(),
         EvalLoss(),
         ProgressLine(),
-        Checkpoint(every=3),
+        CheckpointRotation(every=3),
         SampleText(every=4, tokens=8),
         RunReport(),
     ]

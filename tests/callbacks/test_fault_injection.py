@@ -124,13 +124,13 @@ KILLED = """
 import sys
 from pathlib import Path
 from tiny import make_data, make_module, make_trainer
-from callbacks import Checkpoint, Events
+from callbacks import CheckpointRotation, Events
 from callbacks.fault_injection import Fault, FaultInjection
 from smol.runs import newest_checkpoint
 
 sources, folder = map(Path, sys.argv[1:])
 faults = FaultInjection([Fault("kill", 3, micro=1)])
-trainer = make_trainer(folder, 5, callbacks=[faults, Checkpoint(every=2), Events()])
+trainer = make_trainer(folder, 5, callbacks=[faults, CheckpointRotation(every=2), Events()])
 data = make_data(sources, micro_batch_tokens=128)
 trainer.fit(make_module(), data, ckpt_path=newest_checkpoint(folder))
 """

@@ -8,7 +8,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from tiny import make_data, make_module, make_stages, make_trainer
 from torch.utils.data import DataLoader
 
-from callbacks import Checkpoint, Events
+from callbacks import CheckpointRotation, Events
 from callbacks.source_ledger import SourceLedger
 from smol.errors import UserError
 from smol.experiments import CSVLogger
@@ -36,7 +36,7 @@ STAGES = {
 def fit(folder, sources, steps, *callbacks, resume=None):
     data = make_data(sources, make_stages(sources, **STAGES), micro_batch_tokens=128)
     trainer = make_trainer(
-        folder, steps, callbacks=[Events(), *callbacks, Checkpoint(every=3)],
+        folder, steps, callbacks=[Events(), *callbacks, CheckpointRotation(every=3)],
         logger=CSVLogger(str(folder)), log_every_n_steps=2,
     )  # fmt: skip
     trainer.fit(make_module(), data, ckpt_path=resume)

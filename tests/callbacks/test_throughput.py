@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from tiny import make_data, make_module, make_stages, make_trainer
 from torch.utils.data import DataLoader
 
-from callbacks import Checkpoint, Events, Throughput
+from callbacks import CheckpointRotation, Events, Throughput
 from callbacks.parts import loop_timer
 from callbacks.throughput import attended_pairs
 from smol.errors import UserError
@@ -162,7 +162,7 @@ def test_attended_pairs(documents):
 def test_cost_survives_a_restart(sources, tmp_path):
     def fit(folder, steps, resume=None):
         throughput = Throughput()
-        callbacks = [throughput, Checkpoint(every=3)]
+        callbacks = [throughput, CheckpointRotation(every=3)]
         trainer = make_trainer(folder, steps, callbacks=callbacks)
         trainer.fit(make_module(), make_data(sources), ckpt_path=resume)
         return throughput.model_flops

@@ -8,7 +8,7 @@ from lightning import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from tiny import make_data, make_module, make_trainer
 
-from callbacks import Checkpoint, Events, ZLossMonitor
+from callbacks import CheckpointRotation, Events, ZLossMonitor
 from smol.data.batch import IGNORE
 from smol.experiments import CSVLogger
 from smol.runs import newest_checkpoint
@@ -104,7 +104,7 @@ def test_what_was_far_does_not_become_usual():
 def test_state_survives_a_restart(sources, tmp_path):
     def fit(folder, steps, resume=None):
         monitor = ZLossMonitor(window=5)
-        callbacks = [monitor, Checkpoint(every=3)]
+        callbacks = [monitor, CheckpointRotation(every=3)]
         trainer = make_trainer(folder, steps, callbacks=callbacks, log_every_n_steps=2)
         trainer.fit(make_module(), make_data(sources), ckpt_path=resume)
         return monitor.state_dict()

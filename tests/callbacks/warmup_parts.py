@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from callbacks import Checkpoint
+from callbacks import CheckpointRotation
 from callbacks.parts.trial_steps import TrialSteps
 from callbacks.warmup_check import WarmupCheck
 from smol.data.loader import _MicroBatches
@@ -136,7 +136,7 @@ def fit(sources, folder, check=None, steps=6, module=None, data=None, callbacks=
     """
     torch.manual_seed(1)
     hooks, module = Hooks(), module or Dropout()
-    callbacks = [*([check] if check else []), hooks, *callbacks, Checkpoint(1, keep=99)]
+    callbacks = [*([check] if check else []), hooks, *callbacks, CheckpointRotation(1, keep=99)]
     trainer = make_trainer(
         folder, steps, logger=CSVLogger(str(folder)), callbacks=callbacks, **kwargs
     )
@@ -158,6 +158,8 @@ def files(folder):
         name = re.sub(r"(step-\d+)-\w+", r"\1", str(path.relative_to(folder)))
         if path.name == "manifest.json":
             found[name] = json.loads(path.read_text()) | {"created": None}
+        elif "writers" in path.parts:
+            continue
         elif path.is_file() and path.name not in ("warmup_check.json", "COMMITTED"):
             found[name] = path.read_bytes()
     return found

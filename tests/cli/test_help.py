@@ -61,10 +61,10 @@ def test_the_page_lists_classes_and_configurations(
     rows = {line.split()[0]: line.split()[1:] for line in overview().splitlines() if line}
     assert rows["configs/mine/run.yaml"] == ["My", "run."]
     assert rows["configs/empty.yaml"] == []
-    assert rows["callbacks.Checkpoint"][:3] == ["Saves", "a", "checkpoint"]
+    assert rows["callbacks.CheckpointRotation"][:3] == ["Saves", "checkpoints", "to"]
     whole = printed(capsys, "--help")
     assert "--trainer.max_steps" in whole
-    assert "callbacks.Checkpoint" in whole
+    assert "callbacks.CheckpointRotation" in whole
     assert "scratch to begin anew" in whole
 
 
@@ -96,8 +96,8 @@ class TestKeys:
         ("flag", "expected"),
         [
             ("--model.help", "smol.modules.LanguageModeling"),
-            ("--callbacks.help", "callbacks.Checkpoint"),
-            ("--callbacks.mine.help", "callbacks.Checkpoint"),
+            ("--callbacks.help", "callbacks.CheckpointRotation"),
+            ("--callbacks.mine.help", "callbacks.CheckpointRotation"),
             ("--model.schedule.help", "smol.optim.WSD"),
         ],
     )
@@ -119,7 +119,7 @@ class TestKeys:
             (
                 "--callbacks.help callbacks.Chekpoint",
                 "--callbacks.NAME.help: unknown class 'callbacks.Chekpoint'. "
-                "Did you mean 'callbacks.Checkpoint'?",
+                "Did you mean 'callbacks.CheckpointRotation'?",
             ),
             ("--model.help os.path.join", "--model.help: 'os.path.join' is no class"),
             (

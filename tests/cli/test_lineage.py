@@ -67,7 +67,7 @@ def home(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> Path
             },
         },
         "callbacks": {
-            "checkpoint": {"class_path": "callbacks.Checkpoint", "init_args": {"every": 2}},
+            "checkpoint": {"class_path": "callbacks.CheckpointRotation", "init_args": {"every": 2}},
             "predictions": {"class_path": "callbacks.WritePredictions"},
         },
     }

@@ -140,7 +140,7 @@ def home(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> Path
             },
         },
         "callbacks": {
-            "checkpoint": {"class_path": "callbacks.Checkpoint", "init_args": {"every": 0}}
+            "checkpoint": {"class_path": "callbacks.CheckpointRotation", "init_args": {"every": 0}}
         },
     }
     monkeypatch.setenv("SMOL_ROOT", str(tmp_path))

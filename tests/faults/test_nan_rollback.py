@@ -8,7 +8,7 @@ from drills import GUARD, STAGES, STEP, equal, steps, train, weights
 from lightning import Callback, LightningModule
 from lightning.pytorch import Trainer
 
-from callbacks import Checkpoint
+from callbacks import CheckpointRotation
 from callbacks.fault_injection import FaultInjection
 from callbacks.nan_rollback import NaNRollback
 from callbacks.parts.faults import Fault
@@ -127,7 +127,7 @@ def test_stages_begin_at_their_step_and_a_restart_knows_what_was_skipped(sources
     # Step 18 is the 26th that is read: one was dropped, five undone, two bad when they were read.
     first = min(p for p, stage in whole.watch.stages.items() if stage == "two")
     assert first == (18 + 1 + 7) * STEP
-    checkpoint = Checkpoint(every=4)
+    checkpoint = CheckpointRotation(every=4)
     train(tmp_path / "parts", sources, 16, callbacks=[checkpoint], **kwargs)
     resume = newest_checkpoint(tmp_path / "parts")
     parts = train(tmp_path / "parts", sources, resume=resume, **kwargs)
@@ -142,7 +142,7 @@ def test_stages_begin_at_their_step_and_a_restart_knows_what_was_skipped(sources
 def test_checkpoints_after_a_rollback_are_the_newer_ones(sources, tmp_path):
     # The checkpoint of step 15 is made on the way that is left, and again on the other.
     faults = UNDONE["nan in a weight"][0]
-    train(tmp_path, sources, 17, faults=faults, callbacks=[Checkpoint(every=1, keep=30)])
+    train(tmp_path, sources, 17, faults=faults, callbacks=[CheckpointRotation(every=1, keep=30)])
     infos = FsspecStore(tmp_path / "checkpoints").list()
     places = [(info.manifest.lineage, info.manifest.step) for info in infos]
     assert places == [(0, s) for s in range(1, 16)] + [(1, s) for s in range(10, 18)]
@@ -184,7 +184,7 @@ def test_a_snapshot_that_did_not_help_is_not_tried_again_then_comes_a_checkpoint
         sources,
         faults=[{"kind": "nan_loss", "step": 14, "times": 4}],
         guard={"snapshots": 2, "age": 5, "learning_rate_cut": 1.0},
-        callbacks=[Checkpoint(every=3, keep=9)],
+        callbacks=[CheckpointRotation(every=3, keep=9)],
     )
     memory, disk = (e["fields"]["returned_to"] for e in events(tmp_path, "rollback"))
     assert memory == "snapshot of step 5"
@@ -243,7 +243,7 @@ def test_a_value_that_was_rejected_is_not_compared_with():
 
 
 def test_a_restart_knows_what_was_usual(sources, tmp_path):
-    train(tmp_path, sources, 12, callbacks=[Checkpoint(every=4)])
+    train(tmp_path, sources, 12, callbacks=[CheckpointRotation(every=4)])
     faults = [{"kind": "loss_spike", "step": 13}]
     train(tmp_path, sources, 16, faults=faults, resume=newest_checkpoint(tmp_path))
     assert events(tmp_path, "dropped_step")

@@ -8,7 +8,7 @@ from lightning import Callback
 from tiny import make_data, make_module, make_stages, make_trainer
 
 from callbacks import (
-    Checkpoint,
+    CheckpointRotation,
     ContextLengthSchedule,
     Events,
     NaNRollback,
@@ -62,16 +62,18 @@ def test_the_base_of_the_context_comes_back(unit, scale, sources, tmp_path):
 def test_a_checkpoint_of_poisoned_weights_leaves_the_guard_its_turn(sources, tmp_path):
     # The step after 14 spoils the weights, and at 15 a checkpoint is due.
     faults = [{"kind": "nan_moment", "step": 14, "target": "mlp"}]
-    run = train(tmp_path, sources, faults=faults, callbacks=[Checkpoint(every=5)])
+    run = train(tmp_path, sources, faults=faults, callbacks=[CheckpointRotation(every=5)])
     assert run.global_step == 24
-    assert events(tmp_path, "checkpoint_refused")
+    assert events(tmp_path, "save_failed")
     assert events(tmp_path, "rollback")
 
 
 def test_without_a_guard_the_second_poisoned_checkpoint_ends_the_run(sources, tmp_path):
     faults = [{"kind": "nan_moment", "step": 14, "target": "mlp"}]
     with pytest.raises(NonFiniteError, match="the checkpoint of step 18 is refused"):
-        train(tmp_path, sources, faults=faults, guard=False, callbacks=[Checkpoint(every=2)])
+        train(
+            tmp_path, sources, faults=faults, guard=False, callbacks=[CheckpointRotation(every=2)]
+        )
 
 
 def test_another_mixture_in_the_same_stage_is_no_divergence(sources, tmp_path):
@@ -80,7 +82,7 @@ def test_another_mixture_in_the_same_stage_is_no_divergence(sources, tmp_path):
         guard = NaNRollback(window=16, warmup=8, snapshot_every=10, age=5)
         guard.detector.loss.absolute = 1e-6  # any other loss would be a spike
         guard.detector.loss.relative = 0.0
-        callbacks = [guard, Events(), Checkpoint(every=10)]
+        callbacks = [guard, Events(), CheckpointRotation(every=10)]
         trainer = make_trainer(tmp_path, steps, callbacks=callbacks)
         trainer.fit(make_module(), make_data(sources, stages), ckpt_path=resume)
         return guard
@@ -92,7 +94,7 @@ def test_another_mixture_in_the_same_stage_is_no_divergence(sources, tmp_path):
 
 
 def test_a_run_that_was_left_is_not_returned_to(sources, tmp_path):
-    train(tmp_path, sources, 12, callbacks=[Checkpoint(every=3, keep=9)])
+    train(tmp_path, sources, 12, callbacks=[CheckpointRotation(every=3, keep=9)])
     before = {info.key for info in FsspecStore(tmp_path / "checkpoints").list()}
 
     class OnAnotherLineage(Callback):
@@ -105,7 +107,7 @@ def test_a_run_that_was_left_is_not_returned_to(sources, tmp_path):
         sources,
         faults=faults,
         guard={"snapshots": 2, "age": 5},
-        callbacks=[OnAnotherLineage(), Checkpoint(every=100, keep=9)],
+        callbacks=[OnAnotherLineage(), CheckpointRotation(every=100, keep=9)],
     )
     memory, disk = (fields["returned_to"] for fields in events(tmp_path, "rollback"))
     assert memory == "snapshot of step 5"
@@ -143,7 +145,7 @@ def test_a_restart_does_not_take_the_way_that_was_left(sources, tmp_path):
                 raise RuntimeError("dies")
 
     with pytest.raises(RuntimeError, match="dies"):
-        train(tmp_path, sources, faults=NAN_WEIGHT, callbacks=[Die(), Checkpoint(every=3)])
+        train(tmp_path, sources, faults=NAN_WEIGHT, callbacks=[Die(), CheckpointRotation(every=3)])
     newest = FsspecStore(tmp_path / "checkpoints").list()[-1].manifest
     assert (newest.lineage, newest.step) == (1, 10)
 

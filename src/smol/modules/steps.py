@@ -22,3 +22,8 @@ def rewind_loggers(trainer: Any) -> None:
     for logger in trainer.loggers:
         if hasattr(logger, "rewind"):
             logger.rewind(trainer.global_step)
+
+
+def place_of(trainer: Any) -> tuple[int, int]:
+    """Lineage and step: a rollback comes to the same step again, on another lineage."""
+    return getattr(trainer.lightning_module, "lineage", None) or 0, trainer.global_step

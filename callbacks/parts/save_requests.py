@@ -1,0 +1,75 @@
+"""Wishes from outside for a checkpoint: signals, a file, the clock."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+FILE = "save"
+LOOK_SECONDS = 1.0  # between two looks for it, which cost time
+
+
+class SaveRequests:
+    """Collects wishes, and makes all processes hear of them at the same step.
+
+    SIGUSR1 and a file ``save`` in the run folder ask for a checkpoint, SIGTERM for one and the end.
+    In one process a wish is heard after the current step; several processes agree at every
+    ``log_every_n_steps``-th step only, because it costs them an all-reduce.
+
+    Args:
+        folder: The run folder.
+        minutes: Time between checkpoints, by the clock of the first process; None for none.
+    """
+
+    def __init__(self, folder: Path, minutes: float | None = None):
+        self.file, self.minutes = folder / FILE, minutes
+        self._save = self._end = False
+        self._before: dict[int, Any] = {}
+        self._checked = self._saved = time.monotonic()
+
+    def listen(self) -> None:
+        """Take the signals over from whoever has them, Lightning as a rule."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._hear)
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def take(self, trainer: Trainer) -> tuple[bool, bool]:
+        """Whether to save now, and whether to end the run; the same on all processes."""
+        if trainer.world_size > 1 and trainer.global_step % trainer.log_every_n_steps:
+            return False, False
+        save = self._save or self._end or (trainer.is_global_zero and self._is_due())
+        end, self._save = self._end, False
+        if trainer.world_size > 1:
+            wishes = torch.tensor([save, end], device=trainer.strategy.root_device).float()
+            save, end = (trainer.strategy.reduce(wishes, reduce_op="sum") > 0).tolist()
+        return save, end
+
+    def fulfil(self) -> None:
+        """A checkpoint was taken."""
+        self._saved = time.monotonic()
+        self.file.unlink(missing_ok=True)
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        if self.minutes is not None and now - self._saved >= 60 * self.minutes:
+            return True
+        if now - self._checked < LOOK_SECONDS:
+            return False
+        self._checked = now
+        return self.file.exists()
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if number == signal.SIGTERM:
+            self._end = True
+        else:
+            self._save = True
