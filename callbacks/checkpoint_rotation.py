@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.events import record
+from callbacks.parts.collectives import gather
 from callbacks.parts.save_requests import SaveRequests
 from smol.checkpoints.format import write_checkpoint
 from smol.checkpoints.io import HYPER_PARAMETERS, MANIFEST_KEY
@@ -86,9 +87,8 @@ class CheckpointRotation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         mine = Path(trainer.ckpt_path).name if trainer.ckpt_path else "no checkpoint"
-        first = trainer.strategy.broadcast(mine)
-        if not trainer.strategy.reduce_boolean_decision(mine == first):
-            raise UserError(f"processes start from different checkpoints: {first}, here {mine}")
+        if len(names := set(gather(mine))) > 1:
+            raise UserError(f"processes start from different checkpoints: {', '.join(names)}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = Path(trainer.default_root_dir)

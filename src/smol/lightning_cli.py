@@ -155,7 +155,7 @@ class SmolCLI(LightningCLI):
         flag, *words = self.line.help
         if flag == "--help":
             (checkpoint,) = (action for action in parser._actions if action.dest == "ckpt_path")
-            checkpoint.help = "auto, latest, a checkpoint (folder or URL), or scratch."
+            checkpoint.help = "auto, latest, folder or URL, or scratch to begin anew."
             show(f"{parser.format_help()}\n{overview()}")
         else:
             key = flag.removeprefix("--").removesuffix(".help")
