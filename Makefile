@@ -21,7 +21,7 @@ pretraining: install
 	done
 
 drills: install-dev
-	DRILLS=1 $(BIN)/python -m pytest tests/faults tests/launch
+	DRILLS=1 $(BIN)/python -m pytest tests/faults tests/launch tests/checkpoints/test_crash_points.py
 
 test: install-dev
 	$(BIN)/python -m pytest

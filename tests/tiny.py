@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from smol.checkpoints import SafeCheckpointIO
 from smol.data.pretraining import Pretraining
@@ -103,3 +103,59 @@ def make_trainer(folder: Path, max_steps: int, **kwargs) -> Trainer:
         "plugins": [SafeCheckpointIO()],
     }
     return Trainer(**(defaults | kwargs))
+
+
+class Die(Exception):
+    """What :class:`Bomb` ends a run with."""
+
+
+class Bomb(Callback):
+    """Ends the run in the middle of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step == self.step:
+            raise Die
+
+
+def make_config(sources: Path, trainer: dict, mixture: dict[str, float]) -> dict:
+    """The tiny model, data and trainer as a configuration for the command line.
+
+    Args:
+        sources: What :func:`prepare_sources` has made.
+        trainer: Settings of the trainer beside those that every test has.
+        mixture: Weights by source, of the stage ``stage1``.
+    """
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    decoder = {"vocab_size": VOCAB, **shape, "intermediate_size": 64}
+    weighted = {k: {"path": str(sources / k), "weight": w} for k, w in mixture.items()}
+    return {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": -1,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "plugins": [{"class_path": "smol.checkpoints.SafeCheckpointIO"}],
+            **trainer,
+        },
+        "model": {
+            "class_path": "smol.modules.LanguageModeling",
+            "init_args": {"decoder": decoder, "optimizer": {"learning_rate": 0.01}},
+        },
+        "data": {
+            "class_path": "smol.data.Pretraining",
+            "init_args": {
+                "tokenizer": str(sources / "tokenizer"),
+                "context_length": 32,
+                "global_batch_tokens": 256,
+                "micro_batch_tokens": 256,
+                "held_out_tokens": 256,
+                "stages": {"stage1": {"start_step": 0, "mixture": weighted}},
+            },
+        },
+    }

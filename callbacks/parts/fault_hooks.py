@@ -141,12 +141,6 @@ def largest_file(size: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process' part of a tensor, detached, in the same memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def set_first(tensor: Tensor, value: float) -> Tensor:
     """Write the first element in place; returns the tensor."""
     tensor[(0,) * tensor.ndim] = value

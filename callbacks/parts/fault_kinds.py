@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_map
 from callbacks.parts.fault_hooks import (
     around_training_step,
     largest_file,
-    local,
     on_gradient,
     on_output,
     set_first,
 )
 from smol.errors import UserError
+from smol.parallel.fsdp import local_part
 
 if TYPE_CHECKING:
     from callbacks.parts.faults import Fault
@@ -66,7 +66,7 @@ def set_weight(fault: "Fault", module: LightningModule) -> None:
 
 def scale_weight(fault: "Fault", module: LightningModule) -> None:
     _, parameter = next(fault.parameters(module))
-    local(parameter).mul_(fault.value)
+    local_part(parameter).mul_(fault.value)
 
 
 def set_moment(fault: "Fault", module: LightningModule) -> None:
@@ -88,7 +88,7 @@ def set_gradient(fault: "Fault", module: LightningModule) -> None:
 
 def _set_first(fault: "Fault", tensors: Iterable[Tensor]) -> None:
     """Strike the first tensor of which this process has a part."""
-    part = next((local(tensor) for tensor in tensors if local(tensor).numel()), None)
+    part = next((local_part(tensor) for tensor in tensors if local_part(tensor).numel()), None)
     if part is None:
         raise UserError(f"fault {fault.kind} finds nothing to strike in this process and step")
     set_first(part, fault.value)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from callbacks.events import record
+from callbacks.parts.collectives import gather
 from smol.errors import UserError
+from smol.parallel.fsdp import local_part
 
 
 def find_non_finite(trainer: Any, pl_module: Any, losses: list[Tensor]) -> dict[str, Any]:
@@ -32,10 +32,7 @@ def find_non_finite(trainer: Any, pl_module: Any, losses: list[Tensor]) -> dict[
     gradients = [n for n, p in named if p.grad is not None and not _is_finite(p.grad)]
     weights = [name for name, parameter in named if not _is_finite(parameter)]
     mine = {"losses": micro, "gradients": gradients[:10], "weights": weights[:10]}
-    every = [mine]
-    if trainer.world_size > 1:
-        every = [None] * trainer.world_size
-        dist.all_gather_object(every, mine)
+    every = gather(mine)
     return {
         kind: [
             {"rank": rank, "which": found[kind]} for rank, found in enumerate(every) if found[kind]
@@ -135,14 +132,10 @@ def _fields(batch: Any) -> dict[str, Any]:
     return {str(i): item for i, item in enumerate(items)}
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(_local(tensor).isfinite().all())
+    return bool(local_part(tensor).isfinite().all())
 
 
 def _norm(tensor: Tensor) -> str | float:
-    norm = float(torch.linalg.vector_norm(_local(tensor).float()))
+    norm = float(torch.linalg.vector_norm(local_part(tensor).float()))
     return norm if math.isfinite(norm) else str(norm)

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from copy import copy
 from itertools import chain
 from typing import Any
 
@@ -74,16 +73,7 @@ def _by_position(loader: PositionLoader, max_steps: int, steps: int, share: floa
         [(position, micro) for micro in range(_accumulation(loader, position))]
         for position in (positions[step % len(positions)] for step in range(steps))
     ]
-    apart = DataLoader(
-        copy(loader._dataset),  # with its own plan: a dropped step changes the run's
-        batch_size=None,
-        sampler=list(chain.from_iterable(keys)),
-        num_workers=loader.num_workers,
-        prefetch_factor=loader.prefetch if loader.num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # so that dropout draws what it will in the run
-    )
-    return TrialData(apart, keys, len(positions))
+    return TrialData(loader.read(list(chain.from_iterable(keys))), keys, len(positions))
 
 
 def _accumulation(loader: PositionLoader, position: int) -> int:

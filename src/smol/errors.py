@@ -27,6 +27,11 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
+def one_line(error: Exception) -> str:
+    """Return the type of an error of somebody else's, and a line of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def shown(value: Any) -> str:
     """Return a value, cut to a few dozen characters, and its type."""
     text = repr(value)

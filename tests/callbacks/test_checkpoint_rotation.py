@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback
-from tiny import make_data, make_module, make_stages, make_trainer
+from tiny import Bomb, Die, make_data, make_module, make_stages, make_trainer
 
 from callbacks.checkpoint_rotation import CheckpointRotation
 from callbacks.events import Events
@@ -57,21 +57,6 @@ def test_nothing_is_saved_twice(sources, tmp_path):
     train(tmp_path, sources, 6)
     train(tmp_path, sources, 6, resume=newest_checkpoint(tmp_path))
     assert steps_kept(tmp_path) == [3, 6]
-
-
-class Die(Exception):
-    pass
-
-
-class Bomb(Callback):
-    """Ends the run in the middle of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        if trainer.global_step == self.step:
-            raise Die
 
 
 @pytest.mark.parametrize("dies_at", [4, 6, 7])

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from lightning import Callback
-from tiny import make_data, make_module, make_stages, make_trainer
+from tiny import Bomb, Die, make_data, make_module, make_stages, make_trainer
 
 import callbacks
 from callbacks import (
@@ -50,19 +49,6 @@ def everything():
     names = set(callbacks.__all__) - {"Fault", "FaultInjection", "WritePredictions"}
     assert {type(callback).__name__ for callback in made} == names
     return sorted(made, key=lambda callback: callback.order)
-
-
-class Die(Exception):
-    pass
-
-
-class Bomb(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        if trainer.global_step == self.step:
-            raise Die
 
 
 def train(folder, sources, *chosen, resume=None):

@@ -7,72 +7,41 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import make_config
 
 from smol.cli import main
 from smol.runs import newest_checkpoint
-
-DECODER = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 64,
-}
 
 
 @pytest.fixture
 def home(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project root with two stages over tiny sources."""
     monkeypatch.setenv("SMOL_ROOT", str(tmp_path))
-    mixture = {name: {"path": str(sources / name), "weight": 1} for name in ("cats", "dogs")}
+    logger = {
+        "class_path": "smol.experiments.CSVLogger",
+        "init_args": {"save_dir": "${runs_dir}/${name}"},
+    }
+    trainer = {
+        "gradient_clip_val": 1.0,
+        "val_check_interval": 1000,
+        "limit_val_batches": 1,
+        "log_every_n_steps": 1,
+        "logger": logger,
+    }
     base = {
         "runs_dir": "runs",
         "seed_everything": 1,
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": -1,
-            "gradient_clip_val": 1.0,
-            "check_val_every_n_epoch": None,
-            "val_check_interval": 1000,
-            "limit_val_batches": 1,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": {
-                "class_path": "smol.experiments.CSVLogger",
-                "init_args": {"save_dir": "${runs_dir}/${name}"},
-            },
-            "plugins": [{"class_path": "smol.checkpoints.SafeCheckpointIO"}],
-        },
-        "model": {
-            "class_path": "smol.modules.LanguageModeling",
-            "init_args": {
-                "decoder": DECODER,
-                "schedule": {"class_path": "smol.optim.WSD", "init_args": {"warmup_steps": 2}},
-                "optimizer": {"learning_rate": 0.01},
-            },
-        },
-        "data": {
-            "class_path": "smol.data.Pretraining",
-            "init_args": {
-                "tokenizer": str(sources / "tokenizer"),
-                "context_length": 32,
-                "global_batch_tokens": 256,
-                "micro_batch_tokens": 256,
-                "held_out_tokens": 256,
-                "stages": {"stage1": {"start_step": 0, "mixture": mixture}},
-            },
-        },
+        **make_config(sources, trainer, {"cats": 1, "dogs": 1}),
         "callbacks": {
             "checkpoint": {"class_path": "callbacks.CheckpointRotation", "init_args": {"every": 2}},
             "predictions": {"class_path": "callbacks.WritePredictions"},
         },
     }
+    warmup = {"class_path": "smol.optim.WSD", "init_args": {"warmup_steps": 2}}
+    base["model"]["init_args"]["schedule"] = warmup
     stage1 = {"extends": "base.yaml", "name": "stage1", "trainer": {"max_steps": 4}}
     decay = {"decay_start_step": 4, "decay_steps": 4}
+    mixture = {source: {"path": str(sources / source), "weight": 1} for source in ("cats", "dogs")}
     stage2 = {
         "extends": "stage1.yaml",
         "name": "stage2",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import make_config
 
 from smol.cli import main
 from smol.config import load_config
@@ -95,54 +96,10 @@ def test_only_the_corpora_of_the_stages_are_prepared(phases, monkeypatch):
 @pytest.fixture
 def home(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project root with one tiny stage, trained at 32 tokens of context."""
-    stage1 = {
-        "name": "stage1",
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": -1,
-            "max_steps": 4,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": False,
-            "plugins": [{"class_path": "smol.checkpoints.SafeCheckpointIO"}],
-        },
-        "model": {
-            "class_path": "smol.modules.LanguageModeling",
-            "init_args": {
-                "decoder": {
-                    "vocab_size": 384,
-                    "hidden_size": 32,
-                    "num_layers": 2,
-                    "num_heads": 2,
-                    "num_kv_heads": 1,
-                    "intermediate_size": 64,
-                },
-                "optimizer": {"learning_rate": 0.01},
-            },
-        },
-        "data": {
-            "class_path": "smol.data.Pretraining",
-            "init_args": {
-                "tokenizer": str(sources / "tokenizer"),
-                "context_length": 32,
-                "global_batch_tokens": 256,
-                "micro_batch_tokens": 256,
-                "held_out_tokens": 256,
-                "stages": {
-                    "stage1": {
-                        "start_step": 0,
-                        "mixture": {"cats": {"path": str(sources / "cats"), "weight": 1}},
-                    }
-                },
-            },
-        },
-        "callbacks": {
-            "checkpoint": {"class_path": "callbacks.CheckpointRotation", "init_args": {"every": 0}}
-        },
-    }
+    trainer = {"max_steps": 4, "logger": False}
+    checkpoint = {"class_path": "callbacks.CheckpointRotation", "init_args": {"every": 0}}
+    stage1 = {"name": "stage1", **make_config(sources, trainer, {"cats": 1})}
+    stage1["callbacks"] = {"checkpoint": checkpoint}
     monkeypatch.setenv("SMOL_ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(stage1))

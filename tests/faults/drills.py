@@ -1,5 +1,6 @@
 """Runs with faults, and the runs that they have to equal."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -109,3 +110,9 @@ def equal(one, other) -> bool:
 def steps(first: int, last: int) -> range:
     """Positions of the optimiser steps ``first`` to ``last`` of a run without faults."""
     return range(first * STEP, (last + 1) * STEP, STEP)
+
+
+def events(folder: Path, *kinds: str) -> list[dict]:
+    """The events of these kinds; of a guard if none is named."""
+    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] in (kinds or ("dropped_step", "rollback"))]

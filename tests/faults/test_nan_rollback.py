@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from drills import GUARD, STAGES, STEP, equal, steps, train, weights
+from drills import GUARD, STAGES, STEP, equal, events, steps, train, weights
 from lightning import Callback, LightningModule
 from lightning.pytorch import Trainer
 
@@ -70,11 +70,6 @@ def controls(sources, tmp_path_factory):
         return made[key]
 
     return control
-
-
-def events(folder, *kinds):
-    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] in (kinds or ("dropped_step", "rollback"))]
 
 
 @pytest.mark.parametrize("name", DROPPED)

@@ -1,9 +1,7 @@
 """What a rollback meets on its way: checkpoints, contexts, other runs, monitors, masked steps."""
 
-import json
-
 import pytest
-from drills import STAGES, STEP, train
+from drills import STAGES, STEP, events, train
 from lightning import Callback
 from tiny import make_data, make_module, make_stages, make_trainer
 
@@ -24,11 +22,6 @@ from smol.model.rope import inverse_frequencies
 from smol.runs import newest_checkpoint
 
 NAN_WEIGHT = [{"kind": "nan_weight", "step": 15, "target": "layers.0"}]
-
-
-def events(folder, *kinds):
-    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [row["fields"] for row in rows if row["kind"] in kinds]
 
 
 class Thetas(Callback):
@@ -109,7 +102,7 @@ def test_a_run_that_was_left_is_not_returned_to(sources, tmp_path):
         guard={"snapshots": 2, "age": 5},
         callbacks=[OnAnotherLineage(), CheckpointRotation(every=100, keep=9)],
     )
-    memory, disk = (fields["returned_to"] for fields in events(tmp_path, "rollback"))
+    memory, disk = (e["fields"]["returned_to"] for e in events(tmp_path, "rollback"))
     assert memory == "snapshot of step 5"
     assert disk not in before  # its own, of the first rollback
 

@@ -10,7 +10,7 @@ from typing import Any
 from smol.checkpoints.replicas import RemoteRuns, Replicas
 from smol.checkpoints.retention import Retention, is_pinned, pin, unpin
 from smol.checkpoints.store import CheckpointInfo, FsspecStore
-from smol.errors import UserError, nearest
+from smol.errors import UserError, nearest, one_line
 from smol.paths import find, is_url, resolve
 
 HELP = """Look at the checkpoints of a run, and take care of them.
@@ -85,7 +85,7 @@ class Checkpoints:
             "lineage": manifest.lineage,
             "step": manifest.step,
             "tokens": manifest.tokens,
-            "bytes": sum(file["bytes"] for file in manifest.files.values()),
+            "bytes": manifest.bytes,
             "created": manifest.created,
             "where": "+".join(copies),
             "pinned": any(is_pinned(store, info.key) for store in copies.values()),
@@ -110,17 +110,10 @@ class Checkpoints:
         for name, store in self.stores.items():
             infos = [info for info in self.infos if info.key in self._keys[name]]
 
-            def is_sound(info: CheckpointInfo, store: FsspecStore = store) -> bool:
-                try:
-                    store.verify(info)
-                except UserError:
-                    return False
-                return True
-
             def is_kept(info: CheckpointInfo, store: FsspecStore = store) -> bool:
                 return info.key in parents or is_pinned(store, info.key)
 
-            for info in retention.removable(infos, is_sound, is_kept):
+            for info in retention.removable(infos, store.is_sound, is_kept):
                 rows.append({"key": info.key, "step": info.manifest.step, "removed from": name})
                 if not dry_run:
                     store.delete(info)
@@ -136,8 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:  # every file system has errors of its own
-        line = " ".join(str(error).split())[:300]
-        print(f"error: {args.run}: {type(error).__name__}: {line}", file=sys.stderr)
+        print(f"error: {args.run}: {one_line(error)}", file=sys.stderr)
         return 2
     print(json.dumps(rows, indent=1) if args.json else table(rows))
     return status

@@ -55,6 +55,11 @@ class Manifest:
     world_size: int = 1
     config_digest: str = ""
 
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file["bytes"] for file in self.files.values())
+
 
 def new_key(step: int) -> str:
     """Return a key that no other checkpoint has: ``step-00000120-<attempt>``."""

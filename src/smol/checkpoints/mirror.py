@@ -14,9 +14,9 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from smol.checkpoints.fence import Fence, FencedError
-from smol.checkpoints.retention import Retention, is_pinned, order, pin
-from smol.checkpoints.store import CheckpointInfo, FsspecStore
-from smol.errors import UserError
+from smol.checkpoints.retention import Retention, is_pinned, pin
+from smol.checkpoints.store import CheckpointInfo, FsspecStore, order
+from smol.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -150,14 +150,14 @@ class Mirror:
         if self.waiting_bytes is None:
             return []
         dropped: list[CheckpointInfo] = []
-        total = sum(_size(info) for info in waiting)
+        total = sum(info.manifest.bytes for info in waiting)
         least = 1 if self._verified else 2
         for info in waiting[:-least]:
             if total > self.waiting_bytes and info.key not in (self._uploading, *self.protected):
                 dropped.append(info)
-                total -= _size(info)
+                total -= info.manifest.bytes
                 message = f"{info.key} is given up: local copies that wait exceed the disk budget"
-                self._tell("dropped", message, key=info.key, bytes=_size(info))
+                self._tell("dropped", message, key=info.key, bytes=info.manifest.bytes)
         return dropped
 
     def _is_sound(self, info: CheckpointInfo) -> bool:
@@ -174,10 +174,9 @@ class Mirror:
 
     def _is_whole_locally(self, info: CheckpointInfo) -> bool:
         try:
-            self.local.verify(info)
-        except (UserError, OSError):
+            return self.local.is_sound(info)
+        except OSError:
             return False
-        return True
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -200,7 +199,7 @@ class Mirror:
                 pause = min(first * 2 ** min(self.failures - 1, 30), longest)
                 pause *= random.uniform(0.5, 1.5)  # so that a thousand runs do not come at once
                 if self.failures & (self.failures - 1) == 0:  # 1, 2, 4, 8, …
-                    message = f"attempt {self.failures}: {type(error).__name__}: {_line(error)}"
+                    message = f"attempt {self.failures}: {one_line(error)}"
                     self._tell("upload_failed", message, attempts=self.failures)
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._asked > asked, pause)  # noqa: B023
@@ -272,10 +271,10 @@ class Mirror:
         with self._changed:
             self._stored[info.key] = info
             self._verified.add(info.key)
-        self.uploaded_bytes += _size(info)
+        self.uploaded_bytes += info.manifest.bytes
         seconds = time.monotonic() - began
         message = f"{info.key} is safe in {self.remote.root} after {seconds:.1f} s"
-        fields = {"key": info.key, "bytes": _size(info), "seconds": seconds}
+        fields = {"key": info.key, "bytes": info.manifest.bytes, "seconds": seconds}
         self._tell("uploaded", message, attempts=self.failures + 1, **fields)
 
     def _remove(self) -> None:
@@ -295,9 +294,7 @@ class Mirror:
 
     def _is_whole_remotely(self, info: CheckpointInfo) -> bool:
         if info.key not in self._verified:
-            try:
-                self.remote.verify(info)
-            except UserError:
+            if not self.remote.is_sound(info):
                 return False
             with self._changed:
                 self._verified.add(info.key)
@@ -334,11 +331,3 @@ def abort_multipart_uploads(fs: AbstractFileSystem, root: str) -> int:
             fs.call_s3("abort_multipart_upload", Bucket=bucket, **what)
             number += 1
     return number
-
-
-def _size(info: CheckpointInfo) -> int:
-    return sum(file["bytes"] for file in info.manifest.files.values())
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smol.checkpoints.retention import order
-from smol.checkpoints.store import MARKER_FILE, CheckpointInfo, FsspecStore
-from smol.errors import UserError
+from smol.checkpoints.store import MARKER_FILE, CheckpointInfo, FsspecStore, order
+from smol.errors import UserError, one_line
 from smol.paths import resolve
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class Replicas:
                 remote = {info.key: info for info in self._insist(self.remote.list)}
             except Exception as error:  # every file system has errors of its own
                 self.complete = False
-                what = f"{self.remote.root} cannot be read: {_line(error)}"
+                what = f"{self.remote.root} cannot be read: {one_line(error)}"
                 if not local:
                     raise UserError(
                         f"{what}; there is no local checkpoint either: try again, or begin anew "
@@ -128,7 +127,7 @@ class Replicas:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{info.location} cannot be read: {_line(error)}") from None
+            raise UserError(f"{info.location} cannot be read: {one_line(error)}") from None
 
     def _download(self, info: CheckpointInfo) -> Path:
         from filelock import FileLock
@@ -158,7 +157,3 @@ class Replicas:
                     raise
                 time.sleep(self.pause * attempt)
         raise AssertionError("unreachable")
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

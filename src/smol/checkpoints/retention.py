@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from smol.checkpoints.store import CheckpointInfo, FsspecStore
+from smol.checkpoints.store import CheckpointInfo, FsspecStore, order
 from smol.errors import UserError
 
 PIN_FILE = "PINNED"
@@ -60,11 +60,6 @@ class Retention:
 
     def _lasts(self, info: CheckpointInfo) -> bool:
         return self.keep_every is not None and info.manifest.step % self.keep_every == 0
-
-
-def order(info: CheckpointInfo) -> tuple[int, int, str]:
-    """The order of checkpoints: by lineage and step, never by clock."""
-    return info.manifest.lineage, info.manifest.step, info.key
 
 
 def pin(store: FsspecStore, key: str) -> None:

@@ -9,7 +9,6 @@ from smol.checkpoints.fence import Fence, FencedError
 from smol.checkpoints.mirror import Mirror, News
 from smol.checkpoints.retention import Retention, is_pinned, pin
 from smol.checkpoints.store import CheckpointInfo, FsspecStore
-from smol.errors import UserError
 
 
 class Rotation:
@@ -132,10 +131,6 @@ class Rotation:
         return info.key in self.protected or is_pinned(self.local, info.key)
 
     def _is_sound(self, info: CheckpointInfo) -> bool:
-        if info.key not in self._sound:
-            try:
-                self.local.verify(info)
-            except UserError:
-                return False
+        if info.key not in self._sound and self.local.is_sound(info):
             self._sound.add(info.key)
-        return True
+        return info.key in self._sound

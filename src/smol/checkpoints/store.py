@@ -75,6 +75,11 @@ class CheckpointInfo:
     manifest: Manifest
 
 
+def order(info: CheckpointInfo) -> tuple[int, int, str]:
+    """The order of checkpoints: by lineage and step, never by clock."""
+    return info.manifest.lineage, info.manifest.step, info.key
+
+
 class CheckpointStore(Protocol):
     """Where checkpoints live."""
 
@@ -156,7 +161,7 @@ class FsspecStore:
                 log.warning("checkpoint ignored: %s", error)
             else:
                 infos.append(self._info(key, manifest))
-        return sorted(infos, key=lambda info: (info.manifest.lineage, info.manifest.step, info.key))
+        return sorted(infos, key=order)
 
     def marked(self) -> "list[str]":
         """Return the keys with a commit marker, whether or not their checkpoints are whole."""
@@ -183,6 +188,14 @@ class FsspecStore:
         folder = f"{self.root}/{info.key}"
         self.fs.invalidate_cache()
         verify_files(self.fs, folder, read_manifest(self.fs, folder))
+
+    def is_sound(self, info: CheckpointInfo) -> bool:
+        """Whether a checkpoint passes :meth:`verify`."""
+        try:
+            self.verify(info)
+        except UserError:
+            return False
+        return True
 
     def load_path(self, info: CheckpointInfo) -> Path:
         """See :meth:`CheckpointStore.load_path`."""

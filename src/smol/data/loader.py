@@ -1,7 +1,8 @@
 """The one owner of the position: batches by position, to any worker and any rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,15 +180,21 @@ class PositionLoader:
                         break
                     yield batch
 
-    def _read(self) -> Iterator[TokenBatch]:
-        workers = {"prefetch_factor": self.prefetch} if self.num_workers else {}
-        yield from DataLoader(
-            self._dataset,
+    def read(self, keys: Iterable[tuple[int, int]]) -> DataLoader:
+        """Micro-batches by (position of the optimiser step, number), apart from what is trained on.
+
+        They come by the plan as it is now, also if that changes before they are read.
+        """
+        return DataLoader(
+            copy(self._dataset),
             batch_size=None,
-            sampler=_FromPosition(self.curriculum, self.layout, self.position),
+            sampler=keys,
             num_workers=self.num_workers,
+            prefetch_factor=self.prefetch if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             # Otherwise each new iterator takes a number from those that the training draws from.
             generator=torch.Generator(),
-            **workers,
         )
+
+    def _read(self) -> Iterator[TokenBatch]:
+        yield from self.read(_FromPosition(self.curriculum, self.layout, self.position))

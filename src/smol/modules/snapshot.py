@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from smol.modules.steps import move_step_count
+from smol.parallel.fsdp import local_part
 
 
 class Clock:
@@ -84,20 +84,16 @@ def _state(trainer: Any, pl_module: Any) -> Iterator[tuple[Any, Tensor]]:
         TypeError: an optimiser keeps something else than tensors.
     """
     for name, parameter in pl_module.named_parameters():
-        yield name, _local(parameter)
+        yield name, local_part(parameter)
     for name, buffer in pl_module.named_buffers():
-        yield name, _local(buffer)
+        yield name, local_part(buffer)
     for i, optimizer in enumerate(trainer.optimizers):
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
                 if not isinstance(value, Tensor):
                     kind = f"{type(optimizer).__name__} keeps '{name}' as {type(value).__name__}"
                     raise TypeError(f"{kind}; only optimisers whose state is tensors can go back")
-                yield (i, parameter, name), _local(value)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+                yield (i, parameter, name), local_part(value)
 
 
 def _to_host(tensor: Tensor, memory: Tensor | None) -> Tensor:

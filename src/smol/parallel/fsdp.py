@@ -44,6 +44,11 @@ def shard_decoder(
     fully_shard(decoder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This process' part of a tensor, or all of one that is whole; detached, in the same memory."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's ``ModelParallelStrategy`` with other defaults and other checkpoints.
 
