@@ -6,7 +6,7 @@ from pathlib import Path
 from tiny import make_data, make_module, make_trainer
 
 from callbacks.eval_loss import EvalLoss
-from smol.parallel.fsdp import FSDP2Strategy
+from smol.parallel import FSDP2Strategy
 
 
 def run(sources, folder, micro, **kwargs):

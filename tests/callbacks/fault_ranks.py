@@ -11,7 +11,7 @@ from lightning import Callback
 from tiny import make_data, make_module, make_trainer
 
 from callbacks import Events
-from smol.parallel.fsdp import FSDP2Strategy
+from smol.parallel import FSDP2Strategy
 
 FAULTS = [
     Fault("nan_gradient", 1, rank=1),

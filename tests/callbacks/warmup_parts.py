@@ -30,7 +30,7 @@ from smol.experiments import CSVLogger
 from smol.model import DecoderConfig
 from smol.modules import LanguageModeling
 from smol.optim import WSD, OptimizerConfig
-from smol.parallel.fsdp import FSDP2Strategy
+from smol.parallel import FSDP2Strategy
 
 STAGES = {
     "one": {"start_step": 0, "cats": 0.7, "dogs": 0.3},

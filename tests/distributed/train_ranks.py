@@ -8,7 +8,7 @@ from lightning import Callback
 from tiny import make_data, make_module, make_stages, make_trainer
 
 from smol.data.batch import IGNORE
-from smol.parallel.fsdp import FSDP2Strategy
+from smol.parallel import FSDP2Strategy
 
 STAGES = {
     "one": {"start_step": 0, "cats": 0.7, "dogs": 0.3},

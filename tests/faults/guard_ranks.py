@@ -8,7 +8,7 @@ import torch
 from drills import train
 from torch.distributed.tensor import DTensor
 
-from smol.parallel.fsdp import FSDP2Strategy
+from smol.parallel import FSDP2Strategy
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])

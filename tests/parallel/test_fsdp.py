@@ -22,7 +22,7 @@ from smol.checkpoints.io import SafeCheckpointIO
 from smol.model.config import DecoderConfig
 from smol.model.decoder import Decoder
 from smol.optim import OptimizerConfig, ParameterGroup, build_optimizer
-from smol.parallel.fsdp import FSDP2Strategy, shard_decoder
+from smol.parallel import FSDP2Strategy, shard_decoder
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_PLACES = {"FSDP2Strategy": "fsdp", "shard_decoder": "fsdp"}
+_PLACES = {"FSDP2Strategy": "strategy", "shard_decoder": "fsdp"}
 
 __all__ = ["FSDP2Strategy", "shard_decoder"]
 
