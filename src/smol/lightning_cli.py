@@ -189,6 +189,13 @@ class SmolCLI(LightningCLI):
         clip = settings.trainer.gradient_clip_val
         if clip is not None and clip < 0:
             raise UserError(f"trainer.gradient_clip_val is {clip}, expected 0 or more, or null")
+        parts = settings.trainer.accumulate_grad_batches
+        if parts != 1 and "micro_batch_tokens" in (settings.get("data.init_args") or {}):
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {parts}, but accumulation follows from "
+                "data.global_batch_tokens; for more passes a step type --data.micro_batch_tokens "
+                "with a smaller number"
+            )
         seed = settings.seed_everything
         if seed is not None and not 0 <= seed <= MAX_SEED:
             raise UserError(f"seed_everything is {seed}, expected 0 to {MAX_SEED:,}")

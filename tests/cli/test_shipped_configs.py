@@ -11,8 +11,8 @@ from smol.config import load_config, unused
 from smol.paths import project_root
 
 CONFIGS = project_root() / "configs"
-OVERLAYS = ("callbacks", "debug", "hardware", "logging", "model")
-NOT_TRAINING = ("data",)  # what src/prepare.py reads; its own test parses them
+OVERLAYS = ("callbacks", "debug", "hardware", "logging", "losses", "model")
+NOT_TRAINING = ("data", "merges")  # read by src/prepare.py and src/merge.py; their tests parse them
 
 
 def training_files() -> list[Path]:
@@ -45,3 +45,15 @@ def test_builds(file: Path, tmp_path: Path) -> None:
         for entry in named.values():
             if entry:
                 assert entry["class_path"].rpartition(".")[2] in built
+
+
+def test_accumulation_is_not_set_by_hand(capsys: pytest.CaptureFixture) -> None:
+    words = ["--config", str(CONFIGS / "stage1.yaml"), "--trainer.accumulate_grad_batches", "4"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *words], run=False)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: trainer.accumulate_grad_batches is 4, but accumulation follows from "
+        "data.global_batch_tokens; for more passes a step type --data.micro_batch_tokens with a "
+        "smaller number"
+    )
