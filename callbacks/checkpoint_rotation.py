@@ -1,7 +1,6 @@
 """Saves the run, brings its checkpoints to safety, and keeps the newest."""
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.events import record
 from callbacks.parts.collectives import gather
 from callbacks.parts.save_requests import SaveRequests
-from smol.checkpoints.format import write_checkpoint
 from smol.checkpoints.io import HYPER_PARAMETERS, MANIFEST_KEY
 from smol.checkpoints.mirror import News
 from smol.checkpoints.replicas import RemoteRuns
 from smol.checkpoints.retention import Retention
 from smol.checkpoints.rotation import Rotation
 from smol.checkpoints.store import FsspecStore, NonFiniteError
+from smol.checkpoints.together import save_together
 from smol.errors import UserError
 from smol.modules.steps import place_of
 from smol.runs import CHECKPOINTS
@@ -160,14 +159,13 @@ class CheckpointRotation(Callback):
     def _save(self, trainer: Trainer, pinned: bool = False, last: bool = False) -> None:
         began = time.monotonic()
         with trainer.profiler.profile("save_checkpoint"):
-            # All ranks take part in gathering the state; the first one writes it.
+            # The first rank writes, or all of them, if the state is sharded.
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             failure = None
-            if trainer.is_global_zero:
-                try:
-                    self._write(trainer, checkpoint, pinned)
-                except Exception as error:
-                    failure = error
+            try:
+                self._write(trainer, checkpoint, pinned)
+            except Exception as error:
+                failure = error
         self._seconds = time.monotonic() - began
         if failure is not None:
             self._untold.append(News("save_failed", f"{type(failure).__name__}: {failure}", {}))
@@ -184,8 +182,8 @@ class CheckpointRotation(Callback):
     def _write(self, trainer: Trainer, checkpoint: dict[str, Any], pinned: bool) -> None:
         metadata = {"world_size": trainer.world_size} | checkpoint.get(MANIFEST_KEY, {})
         content = {key: v for key, v in checkpoint.items() if key not in HYPER_PARAMETERS}
-        write = partial(write_checkpoint, checkpoint=content)
-        self._rotation.save(trainer.global_step, write, metadata, pinned)
+        step = trainer.global_step
+        save_together(content, lambda write: self._rotation.save(step, write, metadata, pinned))
 
     def _tell(self, trainer: Trainer) -> None:
         if self._rotation is not None:

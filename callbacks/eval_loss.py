@@ -61,6 +61,8 @@ class EvalLoss(Callback):
         names = getattr(data, "source_names", None)
         tokenizer = getattr(data, "tokenizer", None)
         self._metric = LossByPosition(names, tokenizer) if names else None
+        if self._metric is not None:
+            self._metric.process_group = getattr(trainer.strategy, "data_parallel_group", None)
         self._measured = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

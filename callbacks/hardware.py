@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.events import record
+from callbacks.parts.collectives import reduce_processes
 from callbacks.parts.sampler import THROTTLED, Sampler, open_gpu
 from smol.errors import UserError
 
@@ -100,7 +101,7 @@ class HardwareMonitor(Callback):
     def _check_throttle(self, trainer: Trainer) -> None:
         bits = torch.zeros(trainer.world_size, dtype=torch.int64)
         bits[trainer.global_rank] = self._throttle
-        bits = trainer.strategy.reduce(bits.to(trainer.strategy.root_device), reduce_op="sum")
+        bits = reduce_processes(trainer, bits.to(trainer.strategy.root_device), "sum")
         for rank, value in enumerate(bits.tolist()):
             reasons = [reason for bit, reason in THROTTLED.items() if value & bit]
             message = f"GPU of process {rank}: {', '.join(reasons) or 'at its clocks again'}"

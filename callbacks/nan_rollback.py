@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.events import record
+from callbacks.parts.collectives import reduce_processes
 from callbacks.parts.forensics import end_diverged, find_non_finite, first_non_finite_module
 from callbacks.parts.rollback_points import RollbackPoints
 from callbacks.parts.spike_detector import SpikeDetector, regime_of
@@ -25,18 +26,17 @@ class NaNRollback(Callback):
     accepted steps; of the norm, the logarithm's) is above a threshold. All processes learn of it by
     one all-reduced pair of numbers, before the step can touch a weight or a moment.
 
-    1. A bad step is dropped: its data counts as read, but it is neither a step nor a tick of the
-       schedule.
+    1. A bad step is dropped: its data counts as read; it is no step and no tick of the schedule.
     2. A second one within ``recurs`` steps undoes what may have caused it: back to the newest
-       snapshot in memory that is ``age`` steps old, to an older one when that was tried before, to
-       a checkpoint of the run when there is none. What was read since then is not read again.
+       snapshot in memory that is ``age`` steps old, to an older one when that was tried before, or
+       else to a checkpoint of the run, here or in its store. What was read since is left out.
     3. From the second rollback within ``budget_steps`` the learning rate is cut, in modules that
        multiply it with their ``learning_rate_scale``, as this project's do. After
        ``max_rollbacks`` the run ends, and leaves a folder ``nan_rollback/step-...`` with the
        micro-batches, norms and the first module whose output is not finite.
 
-    After either all goes on as in a run whose data never contained what was read in between. Each
-    is an event. A snapshot takes, with AdamW, 12 bytes of the host's memory for each parameter.
+    After either all goes on as in a run whose data never held what was read in between. Each is an
+    event. A snapshot takes, with AdamW, 12 bytes of the host's memory for each parameter.
 
     .. code-block:: yaml
 
@@ -117,7 +117,7 @@ class NaNRollback(Callback):
         norm = getattr(pl_module, "gradient_norm", lambda: gradient_norm(parameters))()
         sums = torch.stack([torch.stack(self._losses).sum(), norm.float()])
         # Not a number if any of them is none.
-        loss, norm = trainer.strategy.reduce(sums, reduce_op="mean").tolist()
+        loss, norm = reduce_processes(trainer, sums, "mean").tolist()
         self.attempts += 1
         reason = self.detector.judge(loss, norm)
         if reason is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.parts.collectives import reads_first
 from smol.data.batch import IGNORE
 
 
@@ -13,7 +14,7 @@ class WritePredictions(Callback):
     """Writes a line of JSON for each held-out row: source, loss, text, and the loss of each token.
 
     Needs this project's data and language modelling. The file is ``predictions.jsonl`` in the run
-    folder (``predictions-1.jsonl``, … of other ranks).
+    folder (``predictions-1.jsonl``, … of other ranks that have rows of their own).
 
     .. code-block:: yaml
 
@@ -28,7 +29,9 @@ class WritePredictions(Callback):
         rank = "" if trainer.is_global_zero else f"-{trainer.global_rank}"
         self.path = Path(trainer.default_root_dir, f"predictions{rank}.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+        self._file = None
+        if reads_first(trainer):
+            self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
 
     def on_predict_batch_end(
         self,
@@ -39,6 +42,8 @@ class WritePredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if self._file is None:
+            return
         data = trainer.datamodule
         columns = (outputs[key].tolist() for key in ("sources", "tokens", "log_likelihood"))
         for source, tokens, scores in zip(*columns, strict=True):
@@ -55,6 +60,7 @@ class WritePredictions(Callback):
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if trainer.is_global_zero:
             print(f"wrote {self.path}")

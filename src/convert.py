@@ -53,16 +53,12 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
-    from smol.checkpoints.huggingface import export_huggingface
-    from smol.model.io import load_decoder
+    from smol.checkpoints.huggingface import export_decoder
     from smol.runs import decoder_folder, tokenizer_of
 
-    decoder = load_decoder(decoder_folder(args.source))
     tokenizer = args.tokenizer or tokenizer_of(args.source)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    export_huggingface(
-        decoder.config, decoder.rope, decoder.state_dict(), args.out, tokenizer, dtype
-    )
+    export_decoder(decoder_folder(args.source), args.out, tokenizer, dtype)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ def test_a_run_goes_on_from_its_own_newest_checkpoint_whatever_it_began_with(tmp
     assert start.checkpoint == newest
     assert str(newest) in start.reason
     assert find_start(tmp_path / "stage2", "scratch", continues="stage1").checkpoint is None
+    sft = find_start(tmp_path / "sft", "scratch", init_from="stage1")
+    assert sft.checkpoint is None
+    assert sft.weights is not None
 
 
 def test_continues_takes_all_and_init_from_takes_weights(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from callbacks.parts.loop_timer import synchronize
 
@@ -65,6 +66,20 @@ def try_all_reduce(device: torch.device, megabytes: float, repeats: int = 5) -> 
         dist.all_reduce(buffer)
     synchronize(device)
     return AllReduce(processes, elements, wrong, (time.perf_counter() - began) / repeats)
+
+
+def reduce_processes(trainer: Any, tensor: Tensor, reduce_op: str) -> Tensor:
+    """Reduce what differs between any two processes; all have to ask.
+
+    ``trainer.strategy.reduce`` may leave out those that have the same data as others, so that sums
+    count each datum once.
+    """
+    return trainer.strategy.reduce(tensor, group=dist.group.WORLD, reduce_op=reduce_op)
+
+
+def reads_first(trainer: Any) -> bool:
+    """Whether no process before this one has the same data."""
+    return getattr(trainer.strategy, "reads_first", True)
 
 
 def gather(value: Any) -> list[Any]:

@@ -54,7 +54,7 @@ def on_output(module: LightningModule, name: str, change: Change) -> Iterator[No
         for index, leaf in enumerate(leaves):
             if waiting and isinstance(leaf, Tensor) and leaf.is_floating_point():
                 waiting = False
-                leaves[index] = change(leaf)
+                leaves[index] = _change_part(leaf, change)
         return tree_unflatten(leaves, form)
 
     handle = module.get_submodule(name).register_forward_hook(hook)
@@ -75,7 +75,8 @@ def on_gradient(module: LightningModule, name: str, change: Change) -> Iterator[
     """Change the gradient of a parameter in the next backward pass, before ranks are reduced.
 
     Where FSDP2 has sharded the parameter, another one, the whole, takes its place while its module
-    runs. That one gets the hook, so the gradient has the shape of the whole in any strategy.
+    runs. That one gets the hook, so the gradient has the shape of the whole in any strategy, or of
+    what tensor parallelism gave to this process.
 
     Raises:
         UserError: The context closes, and no gradient has come.
@@ -89,11 +90,13 @@ def on_gradient(module: LightningModule, name: str, change: Change) -> Iterator[
         if not waiting:
             return None
         waiting = False
-        return change(gradient)
+        return _change_part(gradient, change)
+
+    sharded = getattr(owner, attribute)
 
     def find(*_: Any) -> None:
         parameter = getattr(owner, attribute)
-        if not hooks and not isinstance(parameter, DTensor):
+        if not hooks and (parameter is not sharded or not isinstance(parameter, DTensor)):
             hooks.append(parameter.register_hook(hook))
 
     find()
@@ -110,6 +113,15 @@ def on_gradient(module: LightningModule, name: str, change: Change) -> Iterator[
             handle.remove()
     if waiting:
         raise UserError(f"the fault in '{name}' did not strike: it got no gradient; name another")
+
+
+def _change_part(tensor: Tensor, change: Change) -> Tensor:
+    """Change a tensor, or this process' part of one that is shared between several."""
+    if not isinstance(tensor, DTensor):
+        return change(tensor)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    shape = {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(change(tensor.to_local()), mesh, placements, run_check=False, **shape)
 
 
 @contextmanager

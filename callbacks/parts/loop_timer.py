@@ -5,7 +5,8 @@ import time
 import torch
 from lightning.pytorch.profilers import Profiler
 
-PAUSES = ("save_checkpoint", "sample_text")  # not training, though between two steps
+# Not training, though between two steps.
+PAUSES = ("save_checkpoint", "sample_text", "evaluate_tasks")
 
 
 class LoopTimer(Profiler):

@@ -1,6 +1,6 @@
 """The states that a run can return to: snapshots in memory, then its checkpoints."""
 
-from contextlib import suppress
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from callbacks.events import record
+from callbacks.parts.collectives import reduce_processes
 from callbacks.parts.spike_detector import SpikeDetector
-from smol.checkpoints.store import FsspecStore, Manifest
+from smol.checkpoints.manifest import Manifest
+from smol.checkpoints.replicas import RemoteRuns
 from smol.errors import UserError
 from smol.modules.snapshot import Snapshot
 from smol.modules.steps import move_step_count
-from smol.runs import CHECKPOINTS
+from smol.runs import replicas
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,7 +66,7 @@ class RollbackPoints:
         self.every, self.number, self.age = every, number, age
         self.detector = detector
         self._kept: list[_Point] = []
-        self._tried: set[Path] = set()
+        self._tried: set[str] = set()  # keys of checkpoints
 
     def begin(self, trainer: Any, pl_module: Any) -> None:
         """A run goes on from a state that was verified."""
@@ -81,7 +85,7 @@ class RollbackPoints:
             else:
                 snapshot = Snapshot(trainer, pl_module)
         sound = torch.tensor(float(snapshot.is_finite()), device=trainer.strategy.root_device)
-        if float(trainer.strategy.reduce(sound, reduce_op="mean")) == 1:
+        if float(reduce_processes(trainer, sound, "mean")) == 1:
             self._kept.append(_Point(snapshot, self.detector.state_dict()))
         else:
             record(trainer, "snapshot_not_finite", "a weight or a moment is not finite")
@@ -97,16 +101,24 @@ class RollbackPoints:
         return trainer.strategy.broadcast(path)
 
     def _newest_checkpoint(self, trainer: Any, last_step: int) -> Path | None:
-        store = FsspecStore(Path(trainer.default_root_dir, CHECKPOINTS))
-        for info in reversed(store.list()):
-            path = store.load_path(info)
-            if info.manifest.step > last_step or path in self._tried:
+        """The folder of a checkpoint of the run, downloaded where it is only in the store."""
+        stores = (getattr(callback, "remote", None) for callback in trainer.callbacks)
+        remote = next((store for store in stores if isinstance(store, RemoteRuns)), None)
+        store = replicas(Path(trainer.default_root_dir), remote)
+        try:
+            infos = store.list()
+        except UserError as error:
+            log.warning("%s", error)
+            return None
+        for info in reversed(infos):
+            if info.manifest.step > last_step or info.key in self._tried:
                 continue
             if info.manifest.lineage < self._lineage or not _is_on_the_way(trainer, info.manifest):
                 continue
-            with suppress(OSError):
-                if store.is_sound(info):
-                    return path
+            try:
+                return store.fetch(info)
+            except (OSError, UserError) as error:
+                log.warning("%s is no state to return to: %s", info.key, error)
         return None
 
     def restore(self, trainer: Any, pl_module: Any, point: _Point | Path) -> int | None:
@@ -121,7 +133,7 @@ class RollbackPoints:
             point.proven = point.tried = True
             self.detector.load_state_dict(point.usual)
             return point.snapshot.clock.position
-        self._tried.add(point)
+        self._tried.add(point.name)
         strategy = trainer.strategy
         checkpoint = strategy.load_checkpoint(point)
         strategy.load_model_state_dict(checkpoint)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from callbacks.parts.collectives import reduce_processes
+
 FILE = "save"
 LOOK_SECONDS = 1.0  # between two looks for it, which cost time
 
@@ -51,7 +53,7 @@ class SaveRequests:
         end, self._save = self._end, False
         if trainer.world_size > 1:
             wishes = torch.tensor([save, end], device=trainer.strategy.root_device).float()
-            save, end = (trainer.strategy.reduce(wishes, reduce_op="sum") > 0).tolist()
+            save, end = (reduce_processes(trainer, wishes, "sum") > 0).tolist()
         return save, end
 
     def fulfil(self) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import psutil
 import torch
 
-from callbacks.parts.collectives import time_product
+from callbacks.parts.collectives import reads_first, time_product
 from callbacks.parts.trial_data import TrialData, count_tokens, find_fault, fingerprints
 from callbacks.parts.trial_steps import TrialSteps
+
+_NO_ROWS = np.empty(0, dtype=np.uint64)
 
 
 @dataclass
@@ -20,8 +22,8 @@ class Measured:
 
     Attributes:
         faults: What is wrong with the data.
-        rows: Fingerprints of the rows of tokens.
-        tokens: Tokens that this process trained on, or 0.
+        rows: Fingerprints of the rows of tokens, those that a process before this one has left out.
+        tokens: Tokens of these rows, or 0.
         losses: Of all processes; none of a step that was dropped.
         seconds: Of the whole step.
         data_seconds: Those of them spent waiting for data.
@@ -56,7 +58,8 @@ def run_trial(trial: TrialSteps, data: TrialData, vocab_size: int | None) -> Mea
             began = time.perf_counter()
             micro_batches = next(steps)
             waited = time.perf_counter() - began
-            seen.rows.append(np.concatenate([fingerprints(batch) for batch in micro_batches]))
+            own = micro_batches if reads_first(trial.trainer) else []
+            seen.rows.append(np.concatenate([_NO_ROWS, *map(fingerprints, own)]))
             faults = (find_fault(batch, vocab_size) for batch in micro_batches)
             seen.faults += [f"{fault} (step {step})" for fault in faults if fault]
             if data.differs(step, micro_batches):
@@ -67,7 +70,7 @@ def run_trial(trial: TrialSteps, data: TrialData, vocab_size: int | None) -> Mea
             seen.losses += [] if loss is None else [loss]
             seen.seconds.append(waited + seconds)
             seen.data_seconds.append(waited)
-            seen.tokens.append(sum(count_tokens(batch) for batch in micro_batches))
+            seen.tokens.append(sum(map(count_tokens, own)))
             seen.memory_left = min(seen.memory_left, _memory_left(device))
             if loss is not None and not math.isfinite(loss):
                 break

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from callbacks.parts.collectives import reduce_processes
 from callbacks.parts.loop_timer import synchronize
 from smol.data.loader import PositionLoader
 from smol.modules.snapshot import Snapshot
@@ -47,7 +48,7 @@ class TrialSteps:
         loss = torch.zeros((), device=self.device)
         for batch in micro_batches:
             loss += self._micro_step(batch).float()
-        loss = float(trainer.strategy.reduce(loss, reduce_op="mean"))
+        loss = float(reduce_processes(trainer, loss, "mean"))
         synchronize(self.device)
         dropped = trainer.global_step == before
         return None if dropped else loss, time.perf_counter() - began
@@ -70,7 +71,7 @@ class TrialSteps:
     def any_process(self, condition: bool) -> bool:
         """Whether it holds on any process; all have to ask."""
         number = torch.tensor(float(condition), device=self.device)
-        return float(self.trainer.strategy.reduce(number, reduce_op="sum")) > 0
+        return float(reduce_processes(self.trainer, number, "sum")) > 0
 
 
 @contextmanager

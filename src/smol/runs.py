@@ -1,12 +1,12 @@
 """Where a run starts from: its own newest checkpoint, or another run's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smol.checkpoints.replicas import RemoteRuns, Replicas
 from smol.checkpoints.store import CheckpointInfo, FsspecStore, is_key
 from smol.errors import UserError, nearest
-from smol.model.io import WEIGHTS
+from smol.model.io import WEIGHTS, has_weights
 from smol.paths import is_url, project_root, resolve
 
 CHECKPOINTS = "checkpoints"
@@ -60,7 +60,8 @@ def find_start(
         run_folder: Folder of the run.
         ckpt_path: A checkpoint that was asked for, by its folder or URL; the URL of a run's store
             for its newest; ``"latest"`` for the newest of this run, which must be there;
-            ``"scratch"`` to start anew; ``"auto"`` or None for the newest, if there is one.
+            ``"scratch"`` to start anew, from the weights of ``init_from`` if any; ``"auto"`` or
+            None for the newest, if there is one.
         continues: Name of the run whose whole state begins this one.
         init_from: Name of the run (or folder) whose weights begin this one.
         training: Whether the command trains; if not, there must be something to start from.
@@ -72,7 +73,10 @@ def find_start(
     store = replicas(run_folder, remote)
     own = store.list()
     if ckpt_path == "scratch":
-        return Start(lineage=_new_lineage(own, None))
+        lineage = _new_lineage(own, None)
+        if init_from is None:
+            return Start(lineage=lineage)
+        return replace(_weights_of(init_from, run_folder, remote), lineage=lineage)
     if ckpt_path not in (None, "auto", "latest"):
         folder = _named(str(ckpt_path), run_folder, remote)
         lineage = _new_lineage(own, folder)
@@ -99,19 +103,19 @@ def find_start(
         found = _predecessor(run_folder.parent, continues, remote)
         return Start(checkpoint=found, reason=f"continues {continues} from {found}")
     if init_from is not None:
-        folder = Path(resolve(init_from))
-        found = (
-            folder
-            if (folder / WEIGHTS).exists()
-            else _predecessor(run_folder.parent, init_from, remote)
-        )
-        return Start(weights=found, reason=f"takes its weights from {found}")
+        return _weights_of(init_from, run_folder, remote)
     if not training:
         raise UserError(
             f"the run '{run_folder.name}' has no checkpoint in {run_folder / CHECKPOINTS}; "
             f"train it first: {_command(run_folder.name)}"
         )
     return Start()
+
+
+def _weights_of(init_from: str, run_folder: Path, remote: RemoteRuns | None) -> Start:
+    folder = Path(resolve(init_from))
+    found = folder if has_weights(folder) else _predecessor(run_folder.parent, init_from, remote)
+    return Start(weights=found, reason=f"takes its weights from {found}")
 
 
 def _new_lineage(checkpoints: list[CheckpointInfo], start: Path | None) -> int | None:
@@ -177,7 +181,7 @@ def decoder_folder(path: str | Path) -> Path:
         UserError: it is none of them.
     """
     folder = Path(path)
-    if (folder / WEIGHTS).is_file():
+    if has_weights(folder):
         return folder
     found = newest_checkpoint(folder)
     if found is None:
@@ -194,6 +198,9 @@ def tokenizer_of(run_folder: str | Path) -> Path | None:
 
     # A checkpoint lies two folders below its run's.
     folders = (Path(run_folder), *Path(run_folder).resolve().parents[1:2])
+    own = next((f / "tokenizer" for f in folders if (f / "tokenizer").is_dir()), None)
+    if own is not None:  # that of a run on chats, with its template
+        return own
     config = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
     if config is None:
         return None

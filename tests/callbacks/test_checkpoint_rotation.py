@@ -111,7 +111,7 @@ def test_a_full_disk_is_told_on_every_rank(sources, tmp_path, monkeypatch):
     def full(folder, checkpoint):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("callbacks.checkpoint_rotation.write_checkpoint", full)
+    monkeypatch.setattr("smol.checkpoints.together.write_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         train(tmp_path, sources, 3)
     assert steps_kept(tmp_path) == []

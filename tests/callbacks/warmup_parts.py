@@ -272,8 +272,8 @@ def run(sources, folder, strategy="auto", devices=1, check=None, fault=None):
     elif fault == "token" and rank == 1:
         faulty = damaged(strange_token)
     elif fault == "same rows":
-        layout = data._layout
-        data._layout = lambda: replace(layout(), rank=0)
+        layout = data.layout
+        data.layout = lambda: replace(layout(), rank=0)
     try:
         with faulty:
             check = WarmupCheck(**check) if check else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 
-def test_death_at_any_storage_call_costs_nothing_that_was_committed(tmp_path):
+def test_death_at_any_storage_call_costs_nothing_that_was_committed(tmp_path, record_property):
     """All points when DRILLS is set, else as many as take a few seconds."""
     script = [sys.executable, str(Path(__file__).with_name("crash_points.py"))]
 
@@ -21,4 +21,5 @@ def test_death_at_any_storage_call_costs_nothing_that_was_committed(tmp_path):
     points = np.arange(number)
     if not os.environ.get("DRILLS"):
         points = np.random.default_rng(0).choice(points, 24, replace=False)
+    record_property("points", len(points))
     assert run("points", *points).strip() == "{}"

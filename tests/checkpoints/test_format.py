@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from smol.checkpoints.format import (
-    flatten,
-    non_finite_tensor,
-    read_checkpoint,
-    unflatten,
-    write_checkpoint,
-)
+from smol.checkpoints.format import NonFiniteError, read_checkpoint, write_checkpoint
+from smol.checkpoints.structure import flatten, unflatten
 from smol.errors import UserError
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
@@ -214,17 +209,20 @@ def test_a_foreign_structure_is_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_non_finite_tensors_are_found(tmp_path):
-    checkpoint = lightning_checkpoint()
+def test_non_finite_tensors_are_refused_by_name(tmp_path):
+    checkpoint = lightning_checkpoint() | {"step": math.nan, "callbacks": torch.tensor(math.inf)}
     write_checkpoint(tmp_path / "good", checkpoint)
-    assert non_finite_tensor(tmp_path / "good") is None
     checkpoint["state_dict"]["bias"][1] = math.nan
-    write_checkpoint(tmp_path / "weights", checkpoint)
-    assert non_finite_tensor(tmp_path / "weights") == "bias"
+    with pytest.raises(NonFiniteError, match="step 1 is refused: 'bias'"):
+        write_checkpoint(tmp_path / "weights", checkpoint)
     checkpoint = lightning_checkpoint()
     checkpoint["optimizer_states"][0]["state"][0]["exp_avg"][0, 0] = math.inf
-    write_checkpoint(tmp_path / "moments", checkpoint)
-    assert non_finite_tensor(tmp_path / "moments") == "0.state.0.exp_avg"
+    with pytest.raises(NonFiniteError, match=r"'0\.state\.0\.exp_avg'"):
+        write_checkpoint(tmp_path / "moments", checkpoint)
+    checkpoint = {"state_dict": {"w": torch.full((2,), math.nan).to(torch.float8_e5m2)}}
+    with pytest.raises(NonFiniteError, match="'w'"):
+        write_checkpoint(tmp_path / "eight_bits", checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
 def test_named_files_are_written_beside_the_rest(tmp_path):

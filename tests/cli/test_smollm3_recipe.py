@@ -19,6 +19,7 @@ from smol.data.stages import Segment, StageConfig, plan
 from smol.lightning_cli import SmolCLI
 from smol.model import Decoder, DecoderConfig, num_parameters
 from smol.optim.groups import parameter_groups
+from smol.parallel.tensor_parallel import check_divisible
 from smol.paths import project_root
 
 CONFIGS = project_root() / "configs"
@@ -135,7 +136,20 @@ class TestPublishedRecipe:
             assert segment.global_batch == GLOBAL_BATCH == rows * passes * groups * context
             assert Layout(0, groups, data.micro_batch_tokens).rows(segment) == rows
             assert Layout(0, groups, data.micro_batch_tokens).accumulation(segment) == passes
-        assert trainer["num_nodes"] * trainer["devices"] == groups
+        sizes = trainer["strategy"]["init_args"]
+        assert trainer["num_nodes"] * trainer["devices"] == groups * sizes["tensor_parallel_size"]
+
+    def test_two_gpus_compute_each_block_and_nothing_else_is_split(self) -> None:
+        for phase in PHASES:
+            sizes = written(phase)["trainer"]["strategy"]["init_args"]
+            assert sizes == {"tensor_parallel_size": 2, "shard_size": 1}
+            check_divisible(
+                build(phase).model.decoder_config, build(phase).datamodule.context_length, 2
+            )
+
+    def test_activations_are_computed_again_in_the_last_phase_only(self) -> None:
+        kinds = [build(phase).model.activation_checkpointing for phase in PHASES]
+        assert kinds == ["none"] * 4 + ["full"]
 
     def test_number_of_sources(self) -> None:
         assert [len(mixture(phase)) for phase in PHASES] == [41, 46, 56, 56, 57]

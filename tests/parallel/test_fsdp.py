@@ -189,10 +189,18 @@ def runs(tmp_path_factory):
     return folder, one, json.loads((folder / "results.json").read_text())
 
 
+def load_part(folder, part):
+    """The tensors of a part; shards of one mesh dimension lie one after the other."""
+    if (folder / f"{part}.safetensors").exists():
+        return load_file(folder / f"{part}.safetensors")
+    shards = [load_file(file) for file in sorted(folder.glob(f"{part}-*.safetensors"))]
+    names = {name for shard in shards for name in shard}
+    pieces = {name: [shard[name] for shard in shards if name in shard] for name in names}
+    return {name: torch.cat(p) if len(p) > 1 else p[0] for name, p in pieces.items()}
+
+
 def tensors(folder, name):
-    return load_file(folder / name / "model.safetensors") | load_file(
-        folder / name / "optimizer.safetensors"
-    )
+    return load_part(folder / name, "model") | load_part(folder / name, "optimizer")
 
 
 def assert_close(folder, a, b):
@@ -255,14 +263,22 @@ def test_weights_and_moments_pass_through_two_ranks_unchanged(runs, name, copy):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_files_are_those_of_one_process(runs):
+def test_every_rank_writes_its_shards(runs):
     folder, _, _ = runs
-    assert {p.name for p in (folder / "fsdp6").iterdir()} == {
-        p.name for p in (folder / "one6").iterdir()
-    }
+    shards = [
+        f"{part}-0000{rank}-of-00002.safetensors"
+        for part in ("model", "optimizer")
+        for rank in (1, 2)
+    ]
+    indices = ["model.shards.json", "optimizer.shards.json"]
+    others = ["COMMITTED", "manifest.json", "state.json"]
+    found = sorted(path.name for path in (folder / "fsdp6").iterdir())
+    assert found == sorted(shards + indices + others)
     assert not list(folder.rglob("*.distcp")) + list(folder.rglob(".metadata"))
     manifest = json.loads((folder / "fsdp6" / "manifest.json").read_text())
     assert (manifest["step"], manifest["world_size"]) == (6, 2)
+    sizes = [sum(v["bytes"] for k, v in manifest["files"].items() if f"{r}-of" in k) for r in "12"]
+    assert 0.8 < sizes[0] / sizes[1] < 1.25
     structures = [json.loads((folder / n / "state.json").read_text()) for n in ("one6", "fsdp6")]
     assert structures[0]["optimizer"] == structures[1]["optimizer"]
     assert structures[0]["model"] == structures[1]["model"]
@@ -272,7 +288,7 @@ def test_muon_on_two_ranks_equals_one_process_loosely(runs):
     """Newton-Schulz runs in bfloat16 on gradients that differ in their last bits."""
     folder, one, two = runs
     assert two["muon"]["losses"] == pytest.approx(one["muon"]["losses"], rel=1e-3)
-    left, right = (load_file(folder / n / "model.safetensors") for n in ("muon3", "muon3_fsdp"))
+    left, right = (load_part(folder / n, "model") for n in ("muon3", "muon3_fsdp"))
     for name, value in left.items():
         cosine = F.cosine_similarity(value.flatten(), right[name].flatten(), dim=0)
         assert cosine > 0.999, name

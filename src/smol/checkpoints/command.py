@@ -210,18 +210,15 @@ def _restore(there: Checkpoints, info: CheckpointInfo, to: Path | None) -> dict[
 def _export(there: Checkpoints, info: CheckpointInfo, args: Any) -> dict[str, Any]:
     import torch
 
-    from smol.checkpoints.huggingface import export_huggingface
-    from smol.model.io import load_decoder
+    from smol.checkpoints.huggingface import export_decoder
     from smol.runs import tokenizer_of
 
-    decoder = load_decoder(there.replicas.fetch(info))
     tokenizer = args.tokenizer and find(args.tokenizer)
     if tokenizer is None and not is_url(args.run):
         tokenizer = tokenizer_of(find(args.run))
     dtype = getattr(torch, args.dtype) if args.dtype else None
     target = resolve(args.to)
-    weights = decoder.state_dict()
-    export_huggingface(decoder.config, decoder.rope, weights, target, tokenizer, dtype)
+    export_decoder(there.replicas.fetch(info), target, tokenizer, dtype)
     return {"key": info.key, "step": info.manifest.step, "to": str(target)}
 
 

@@ -7,123 +7,97 @@ Reading a checkpoint runs no code of it. A folder holds
 * ``state.safetensors``: all other tensors, where there are any,
 * ``state.json``: the structure of all three, with loops, callbacks, position and step.
 
-JSON has fewer types than Python, so a value that is not one of JSON's own is an object with the key
-``"$"``, which names its type: a tuple, an infinite or undefined float, bytes, a dictionary with
-other keys than strings, a ``torch.Size``, a NumPy scalar, or a tensor by its name.
-
-Tensors come back detached, dense and contiguous. Names that share one and the same tensor, such as
-tied weights, are stored once and share it again; views that merely overlap are stored apart.
+Where the tensors of a run are sharded, every process writes its own shards, and a part is cut up
+as ``model-00001-of-00002.safetensors``, … with ``model.shards.json``; :mod:`smol.stored_tensors`
+says how. A part that one process holds alone is one file, so a checkpoint of one process or of DDP
+is whole. Either can be read by any number of processes.
 """
 
-import base64
+import hashlib
 import json
-import math
 import os
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from smol.checkpoints.structure import flatten, unflatten
 from smol.errors import UserError
+from smol.stored_tensors import (
+    StoredTensor,
+    file_name,
+    index_name,
+    part_of,
+    read_json,
+    read_tensors,
+    stored_tensors,
+    write_index,
+)
 
 STRUCTURE_FILE = "state.json"
 FORMAT_VERSION = 1
 
 # Which entry of the checkpoint goes into which tensor file; the other entries go into "state".
 _PARTS = {"model": "state_dict", "optimizer": "optimizer_states"}
-_TAG = "$"
-_REALS = ("float64", "float32", "float16")
-_INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
-_OTHERS = ("bfloat16", "complex64", "float8_e4m3fn", "float8_e5m2")
-_DTYPES = frozenset(getattr(torch, name) for name in (*_REALS, *_INTEGERS, *_OTHERS))
-_NUMPY_SCALARS = frozenset((*_REALS, *_INTEGERS))
-
+_ALL_PARTS = (*_PARTS, "state")
 
 FILES_KEY = "files"
 """Entry of a checkpoint whose items are written as JSON files, such as a decoder's description."""
 
+Digests = dict[str, dict[str, Any]]
+"""Size and SHA-256 of files by name, as in a manifest."""
 
-def flatten(tree: Any, where: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Split a nested value into its tensors and a structure that JSON can hold.
-
-    Args:
-        tree: Dictionaries, ordered dictionaries, lists, tuples, ``torch.Size``, tensors, numbers,
-            NumPy scalars, strings, bytes, booleans and None, nested at will.
-        where: Key path of ``tree``, for errors.
-
-    Returns:
-        Tensors by name, and the structure, in which each stands as its name.
-
-    Raises:
-        UserError: If a value or a tensor is of another type; the message has its key path.
-    """
-    encoder = _Encoder(where)
-    structure = encoder.encode(tree, ())
-    return encoder.tensors, structure
+OnAllRanks = Callable[[Callable[[], Any]], list[Any]]
+"""Runs an action on every process; returns what came of it by rank, or raises on all of them."""
 
 
-def unflatten(tensors: dict[str, Tensor], structure: Any) -> Any:
-    """Put together again what :func:`flatten` split; every type is restored.
-
-    Args:
-        tensors: Tensors by name.
-        structure: What :func:`flatten` returned, possibly after a journey through JSON.
-
-    Returns:
-        The nested value.
-
-    Raises:
-        UserError: If the structure is malformed or names a tensor that is missing.
-    """
-    try:
-        return _decode(structure, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the checkpoint's structure is malformed: {error!r}") from None
+class NonFiniteError(UserError):
+    """A checkpoint was refused because a weight or a moment is infinite or not a number."""
 
 
-def write_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path,
+    checkpoint: dict[str, Any],
+    rank: int = 0,
+    on_all_ranks: OnAllRanks = lambda action: [action()],
+) -> Digests:
     """Write a checkpoint into a folder; every file is on the disk when this returns.
+
+    The processes of a sharded run call it together, with a folder that they all see. Each writes
+    the shards that it holds, and of equal ones only the first process; nothing is gathered.
 
     Args:
         folder: Where to write; created if missing.
-        checkpoint: A checkpoint as Lightning makes it. Sharded tensors must have been gathered. The
-            items of its entry ``files`` become JSON files of their own, by name.
+        checkpoint: A checkpoint as Lightning makes it. The items of its entry ``files`` become JSON
+            files of their own, by name.
+        rank: Number of this process.
+        on_all_ranks: How the processes wait for each other; as a rule there is only one.
+
+    Returns:
+        Sizes and digests of the tensor files, on the first process.
 
     Raises:
         UserError: If it holds something the format does not cover, by key path. Nothing has been
             written then.
+        NonFiniteError: If a weight or a moment is infinite or not a number.
+        OSError: If it cannot be written; as the others, on all processes.
     """
-    files = checkpoint.get(FILES_KEY, {})
-    checkpoint = {key: value for key, value in checkpoint.items() if key != FILES_KEY}
-    parts = {part: checkpoint[key] for part, key in _PARTS.items() if key in checkpoint}
-    parts["state"] = {key: checkpoint[key] for key in checkpoint if key not in _PARTS.values()}
-    flat = {part: flatten(tree, _PARTS.get(part, "")) for part, tree in parts.items()}
-    structure = {"format": FORMAT_VERSION} | {part: item[1] for part, item in flat.items()}
-    text = json.dumps(structure, indent=1, allow_nan=False)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, (tensors, _) in flat.items():
-        if tensors:
-            save_file(tensors, folder / f"{part}.safetensors", metadata={"format": "pt"})
-            fsync(folder / f"{part}.safetensors")
-    texts = {name: json.dumps(content, indent=1) for name, content in files.items()}
-    for name, content in (texts | {STRUCTURE_FILE: text}).items():
-        (folder / name).write_text(content, encoding="utf-8")
-        fsync(folder / name)
-    fsync(folder)
+    shards = on_all_ranks(partial(_write_shards, folder, checkpoint, rank))
+    return {} if rank else _join(folder, shards)
 
 
 def read_checkpoint(folder: Path, map_location: torch.device | str | None = None) -> dict[str, Any]:
     """Read what :func:`write_checkpoint` wrote. Runs no code of the checkpoint.
 
-    On the CPU the tensors are mapped from the file and read when they are touched; writing to them
-    does not change the file.
+    On the CPU the tensors of a whole file are mapped and read when they are touched; writing to
+    them does not change the file.
 
     Args:
         folder: A checkpoint's folder.
@@ -135,54 +109,31 @@ def read_checkpoint(folder: Path, map_location: torch.device | str | None = None
     Raises:
         UserError: If a file is missing or cannot be read, by file.
     """
-    structure = read_json(folder / STRUCTURE_FILE)
-    if not isinstance(structure, dict) or structure.get("format") != FORMAT_VERSION:
-        raise UserError(f"{folder / STRUCTURE_FILE} is not of checkpoint format {FORMAT_VERSION}")
-    checkpoint = {}
-    for part in (*_PARTS, "state"):
-        if part in structure:
-            tensors = _read_tensors(folder / f"{part}.safetensors", str(map_location or "cpu"))
-            tree = unflatten(tensors, structure[part])
-            checkpoint |= {_PARTS[part]: tree} if part in _PARTS else tree
-    return checkpoint
+    read = partial(read_tensors, device=str(map_location or "cpu"))
+    return _read(folder, dict.fromkeys(_ALL_PARTS, read))
 
 
-def non_finite_tensor(folder: Path) -> str | None:
-    """Find a weight or an optimiser moment that is infinite or not a number.
+def open_checkpoint(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint, but for weights and moments.
 
     Args:
         folder: A checkpoint's folder.
 
     Returns:
-        The name of the first such tensor, or None if all are finite.
-    """
-    for part in _PARTS:
-        for name, tensor in _iterate_tensors(folder / f"{part}.safetensors"):
-            # torch.isfinite does not know the 8-bit floats.
-            tensor = tensor.float() if tensor.element_size() == 1 else tensor
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                return name
-    return None
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its contents.
+        The checkpoint, in which a :class:`~smol.stored_tensors.StoredTensor` stands for every
+        tensor of ``state_dict`` and ``optimizer_states``.
 
     Raises:
-        UserError: If it is missing or is no JSON.
+        UserError: If a file is missing or cannot be read, by file.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    return _read(folder, dict.fromkeys(_PARTS, stored_tensors) | {"state": read_tensors})
+
+
+def digest_of(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as in a manifest."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def fsync(path: Path) -> None:
@@ -194,113 +145,122 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-class _Encoder:
-    """Collects the tensors of one tree under unique names."""
+def _read(folder: Path, readers: dict[str, Callable[[Path, str], Any]]) -> dict[str, Any]:
+    structure = read_json(folder / STRUCTURE_FILE)
+    if not isinstance(structure, dict) or structure.get("format") != FORMAT_VERSION:
+        raise UserError(f"{folder / STRUCTURE_FILE} is not of checkpoint format {FORMAT_VERSION}")
+    checkpoint = {}
+    for part, read in readers.items():
+        if part in structure:
+            tree = unflatten(read(folder, part), structure[part])
+            checkpoint |= {_PARTS[part]: tree} if part in _PARTS else tree
+    return checkpoint
 
-    def __init__(self, where: str) -> None:
-        self.where = where
-        self.tensors: dict[str, Tensor] = {}
-        self._names: dict[tuple, str] = {}
-        self._storages: set[int] = set()
 
-    def encode(self, value: Any, path: tuple[str, ...]) -> Any:
-        kind = type(value)
-        if value is None or kind in (bool, int, str):
-            return value
-        if kind is float:
-            return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
-        if kind is bytes:
-            return {_TAG: "bytes", "base64": base64.b64encode(value).decode("ascii")}
-        if kind in (list, tuple, torch.Size):
-            items = [self.encode(item, (*path, str(i))) for i, item in enumerate(value)]
-            tag = {list: None, tuple: "tuple", torch.Size: "size"}[kind]
-            return items if tag is None else {_TAG: tag, "items": items}
-        if kind in (dict, OrderedDict):
-            return self._encode_dict(value, path)
-        if kind in (Tensor, nn.Parameter, nn.Buffer):
-            return {_TAG: "tensor", "name": self._add(value.detach(), path)}
-        if isinstance(value, np.generic) and value.dtype.name in _NUMPY_SCALARS:
-            item = self.encode(value.item(), path)
-            return {_TAG: "numpy", "dtype": value.dtype.name, "value": item}
-        raise self._error(path, f"a {kind.__module__}.{kind.__qualname__}")
+def _write_shards(folder: Path, checkpoint: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Write what this process stores, and on the first one the JSON.
 
-    def _encode_dict(self, value: dict, path: tuple[str, ...]) -> Any:
-        if type(value) is dict and all(type(key) is str and key != _TAG for key in value):
-            return {key: self.encode(item, (*path, key)) for key, item in value.items()}
-        items = []
-        for key, item in value.items():
-            if not isinstance(key, (str, int, float, tuple, bytes, type(None))):
-                raise self._error(path, f"a key of type {type(key).__name__}")
-            inner = (*path, str(key))
-            items.append([self.encode(key, inner), self.encode(item, inner)])
-        return {_TAG: "dict" if type(value) is dict else "ordered_dict", "items": items}
-
-    def _add(self, tensor: Tensor, path: tuple[str, ...]) -> str:
-        if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
-            raise self._error(
-                path, f"a tensor of layout {tensor.layout}, {tensor.dtype} on {tensor.device}"
+    Returns:
+        By part, the digest of the file and the tensors in it.
+    """
+    parts, texts = _encode(checkpoint)
+    own = {part: _own_shards(tensors, rank) for part, tensors in parts.items()}
+    for part in _PARTS:
+        if (broken := non_finite(own.get(part, {}))) is not None:
+            raise NonFiniteError(
+                f"the checkpoint of step {checkpoint.get('global_step', 0)} is refused: '{broken}' "
+                "has values that are infinite or not a number; resume from an earlier one"
             )
-        identity = (
-            *(tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()),
-            *(tensor.is_conj(), tensor.is_neg()),
-        )
-        if tensor.numel() and identity in self._names:
-            return self._names[identity]
-        name = base = ".".join(path) or "value"
-        suffix = 1
-        while name in self.tensors:
-            suffix += 1
-            name = f"{base}#{suffix}"
-        self._names[identity] = name
-        storage = tensor.untyped_storage().data_ptr()
-        dense = tensor.resolve_conj().resolve_neg().contiguous()
-        self.tensors[name] = dense.clone() if storage in self._storages else dense
-        self._storages.add(storage)
-        return name
-
-    def _error(self, path: tuple[str, ...], seen: str) -> UserError:
-        where = ".".join(part for part in (self.where, *path) if part)
-        return UserError(
-            f"checkpoint entry '{where}' is {seen}, which a checkpoint cannot hold; "
-            "expected dense tensors, numbers, strings, bytes, lists, tuples and dictionaries"
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for part, shards in own.items():
+        if shards:
+            path = folder / _unnumbered(part, rank)
+            try:
+                save_file(shards, path, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"cannot write {path}: {error}") from None
+            fsync(path)
+            wholes = {name: parts[part][name] for name in shards}
+            stored = {
+                name: StoredTensor(name, t.dtype, t.shape, ((path, part_of(t)[0]),))
+                for name, t in wholes.items()
+            }
+            written[part] = digest_of(path), stored
+    for name, text in texts.items() if rank == 0 else ():
+        (folder / name).write_text(text, encoding="utf-8")
+        fsync(folder / name)
+    return written
 
 
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _TAG not in value:
-        return {key: _decode(item, tensors) for key, item in value.items()}
-    tag = value[_TAG]
-    if tag == "tensor":
-        return tensors[value["name"]]
-    if tag == "float":
-        return float(value["value"])
-    if tag == "bytes":
-        return base64.b64decode(value["base64"], validate=True)
-    if tag == "numpy" and value["dtype"] in _NUMPY_SCALARS:
-        return np.dtype(value["dtype"]).type(_decode(value["value"], tensors))
-    if tag in ("tuple", "size"):
-        return (tuple if tag == "tuple" else torch.Size)(_decode(value["items"], tensors))
-    if tag in ("dict", "ordered_dict"):
-        pairs = [(_decode(key, tensors), _decode(item, tensors)) for key, item in value["items"]]
-        return (dict if tag == "dict" else OrderedDict)(pairs)
-    raise ValueError(f"unknown type {tag!r}")
+def _encode(checkpoint: dict[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """The tensors of a checkpoint by part and name, and the contents of its JSON files by name."""
+    content = dict(checkpoint)
+    files = content.pop(FILES_KEY, {})
+    trees = {part: content.pop(key) for part, key in _PARTS.items() if key in content}
+    flat = {part: flatten(tree, _PARTS[part]) for part, tree in trees.items()}
+    flat["state"] = flatten(content)
+    structure = {"format": FORMAT_VERSION} | {part: item[1] for part, item in flat.items()}
+    texts = {name: json.dumps(item, indent=1) for name, item in files.items()}
+    texts[STRUCTURE_FILE] = json.dumps(structure, indent=1, allow_nan=False)
+    return {part: tensors for part, (tensors, _) in flat.items()}, texts
 
 
-def _read_tensors(path: Path, device: str) -> dict[str, Tensor]:
-    if not path.exists():
-        return {}
-    try:
-        return load_file(path, device=device)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+def _own_shards(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """What this process is to store of tensors, by name."""
+    shards = {}
+    for name, tensor in tensors.items():
+        box, stores = part_of(tensor, first=rank == 0)
+        if stores and (box.numel or not tensor.numel()):
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            shards[name] = local.contiguous()
+    return shards
 
 
-def _iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    if path.exists():
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
-                yield name, file.get_tensor(name)
+def _join(folder: Path, written: list[dict[str, Any]]) -> Digests:
+    """Number the files that all processes have written, and write an index where there are many."""
+    digests = {}
+    for part in _ALL_PARTS:
+        ranks = [rank for rank, parts in enumerate(written) if part in parts]
+        tensors: dict[str, StoredTensor] = {}
+        for number, rank in enumerate(ranks, 1):
+            digest, stored = written[rank][part]
+            path = folder / file_name(part, number, len(ranks))
+            try:
+                os.rename(folder / _unnumbered(part, rank), path)
+            except FileNotFoundError:
+                raise UserError(
+                    f"what process {rank} wrote to {folder} is not there for the first process; "
+                    "put the run folder on a file system that all machines share"
+                ) from None
+            digests[path.name] = digest
+            for name, tensor in stored.items():
+                piece = path, tensor.pieces[0][1]
+                before = tensors[name].pieces if name in tensors else ()
+                tensors[name] = replace(tensor, pieces=(*before, piece))
+        for tensor in tensors.values():
+            tensor.check()
+        if len(ranks) > 1:
+            write_index(folder / index_name(part), tensors)
+            fsync(folder / index_name(part))
+    fsync(folder)
+    return digests
+
+
+def non_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is infinite or not a number, if there is one.
+
+    Args:
+        tensors: Of any dtypes, on any device, by name.
+    """
+    for name, tensor in tensors.items():
+        # torch.isfinite does not know the 8-bit floats.
+        tensor = tensor.float() if tensor.element_size() == 1 else tensor
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+def _unnumbered(part: str, rank: int) -> str:
+    """Name of a process' file until it is known how many there are."""
+    return f"{part}-of-rank-{rank}.safetensors"

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smol.checkpoints.huggingface_config import from_huggingface_config, to_huggingface_config
 from smol.errors import UserError
 from smol.model.config import DecoderConfig, RopeConfig
+from smol.model.io import PART, WEIGHTS, describe_decoder, read_description, stored_weights
+from smol.stored_tensors import StoredTensor, file_name
 
-MODEL_TYPES = ("llama", "smollm3", "qwen2", "qwen3", "mistral")
 HEAD = "lm_head.weight"
-DEFAULT_THETA = 10_000.0
-"""Of these model types in transformers, where a config.json is silent; SmolLM3 has its own."""
-SMOLLM3_THETA = 2_000_000.0
-
+INDEX = f"{WEIGHTS}.index.json"
+FILE_BYTES = 5_000_000_000
 Imported = tuple[DecoderConfig, RopeConfig, dict[str, Tensor]]
 
 
@@ -67,97 +67,15 @@ def load_gguf(file: str | Path) -> Imported:
     return decoder, rope, _own_weights(model.state_dict(), decoder)
 
 
-def from_huggingface_config(config: Mapping[str, Any]) -> tuple[DecoderConfig, RopeConfig]:
-    """Translate the content of a ``config.json``.
-
-    Raises:
-        UserError: If the model is of another kind or has a feature that ``Decoder`` has not.
-    """
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(
-            f"Hugging Face model type {kind!r} is not supported; "
-            f"expected one of {', '.join(MODEL_TYPES)}."
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"activation {config['hidden_act']!r} is not supported; expected silu.")
-    if config.get("mlp_bias"):
-        raise UserError("mlp_bias is not supported; the feed-forward network has no biases here.")
-    _refuse_sliding_window(config, kind)
-    biases = "all" if config.get("attention_bias") else "none"
-    decoder = DecoderConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        intermediate_size=config["intermediate_size"],
-        # Qwen3 is the one whose heads have a fixed width where its config.json is silent.
-        head_dim=config.get("head_dim") or (128 if kind == "qwen3" else None),
-        nope=_nope_layers(config) if kind == "smollm3" else None,
-        qk_norm=kind == "qwen3",
-        attention_bias="qkv" if kind == "qwen2" else biases,
-        tie_embeddings=config.get("tie_word_embeddings", kind == "smollm3"),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        init_std=config.get("initializer_range", 0.02),
-    )
-    return decoder, _rope_from(config, SMOLLM3_THETA if kind == "smollm3" else DEFAULT_THETA)
-
-
-def _refuse_sliding_window(config: Mapping[str, Any], kind: str) -> None:
-    if kind == "mistral":
-        window = config.get("sliding_window", 4096)
-    else:
-        window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    if window or "sliding_attention" in (config.get("layer_types") or ()):
-        raise UserError(
-            f"this {kind} model attends within a sliding window (sliding_window {window}), "
-            "which is not supported; set sliding_window to null to attend to everything."
-        )
-
-
-def _nope_layers(config: Mapping[str, Any]) -> list[int] | int:
-    uses_rope = config.get("no_rope_layers")
-    if uses_rope is None:
-        return config.get("no_rope_layer_interval", 4)
-    return [
-        i for i, has_rope in enumerate(uses_rope[: config["num_hidden_layers"]]) if not has_rope
-    ]
-
-
-def _rope_from(config: Mapping[str, Any], default_theta: float) -> RopeConfig:
-    # Transformers 5 writes one dictionary where version 4 wrote a scaling beside the base.
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or default_theta)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    known = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings"}
-    known |= {"beta_fast", "beta_slow"}
-    strange = sorted(key for key in scaling.keys() - known if scaling[key] is not None)
-    if kind not in ("default", "yarn") or strange:
-        seen = f"{kind!r} with {', '.join(strange)}" if strange else repr(kind)
-        raise UserError(f"rope scaling {seen} is not supported; expected default or plain yarn.")
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    return RopeConfig(
-        theta=theta,
-        yarn_factor=float(scaling["factor"]),
-        original_context=int(
-            scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        ),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-    )
-
-
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     """Read one file or all shards of an index, tensor by tensor."""
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
-        names = ["model.safetensors"]
+        names = [WEIGHTS]
     weights = {}
     for name in names:
         try:
@@ -178,133 +96,63 @@ def _own_weights(weights: Mapping[str, Tensor], decoder: DecoderConfig) -> dict[
     }
 
 
-def to_huggingface_config(
-    decoder: DecoderConfig, rope: RopeConfig, context: int | None = None
-) -> dict[str, Any]:
-    """Describe a decoder by the ``config.json`` of the transformers class that equals it.
+def export_decoder(
+    source: str | Path,
+    folder: str | Path,
+    tokenizer_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a decoder folder or a checkpoint, whole or sharded, as a Hugging Face folder.
 
     Args:
-        decoder: Shape and features.
-        rope: Rotary embedding.
-        context: Longest sequence in tokens; ``None`` means what YaRN stretches to, or 32,768.
+        source: The decoder folder or checkpoint.
+        folder: Must not exist, or be empty.
+        tokenizer_dir: As for :func:`export_huggingface`.
+        dtype: As for :func:`export_huggingface`.
 
     Raises:
-        UserError: If no class of transformers has this combination of features.
+        UserError: As :func:`export_huggingface`, or if the weights do not fit their description.
     """
-    kind, architecture = _architecture(decoder)
-    if context is None:
-        stretched = rope.yarn_factor and int(rope.yarn_factor * rope.original_context)
-        context = stretched or 32_768
-    config = {
-        "architectures": [architecture],
-        "model_type": kind,
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.hidden_size,
-        "num_hidden_layers": decoder.num_layers,
-        "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": decoder.num_kv_heads,
-        "head_dim": decoder.head_dim,
-        "intermediate_size": decoder.intermediate_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": context,
-        "rms_norm_eps": decoder.norm_eps,
-        "initializer_range": decoder.init_std,
-        "attention_bias": decoder.attention_bias != "none",
-        "tie_word_embeddings": decoder.tie_embeddings,
-        "use_cache": True,
-        **_rope_to(rope),
-        # Absent would mean the defaults of the class, which are ids of another vocabulary.
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    if kind == "smollm3":
-        nope = decoder.nope_layers
-        config["no_rope_layers"] = [int(i not in nope) for i in range(decoder.num_layers)]
-    return config
-
-
-def _architecture(decoder: DecoderConfig) -> tuple[str, str]:
-    """Model type and class of transformers that have exactly these features."""
-    features = (bool(decoder.nope_layers), decoder.qk_norm, decoder.attention_bias)
-    match features:
-        case (True, False, "none" | "all"):
-            kind = "smollm3", "SmolLM3ForCausalLM"
-        case (False, True, "none" | "all"):
-            kind = "qwen3", "Qwen3ForCausalLM"
-        case (False, False, "qkv"):
-            kind = "qwen2", "Qwen2ForCausalLM"
-        case (False, False, _):
-            kind = "llama", "LlamaForCausalLM"
-        case _:
-            raise UserError(
-                f"no class of transformers has nope {decoder.nope}, qk_norm {decoder.qk_norm} and "
-                f"attention_bias {decoder.attention_bias} at once; this decoder cannot be exported."
-            )
-    if kind[0] == "llama" and decoder.hidden_size % decoder.num_heads:
-        raise UserError(
-            f"LlamaForCausalLM refuses hidden_size {decoder.hidden_size} with num_heads "
-            f"{decoder.num_heads}, which do not divide; this decoder cannot be exported."
-        )
-    return kind
-
-
-def _rope_to(rope: RopeConfig) -> dict[str, Any]:
-    """Both spellings, so that transformers 4 and 5 and the servers built on them agree."""
-    if rope.yarn_factor is None:
-        parameters = {"rope_type": "default", "rope_theta": rope.theta}
-        return {"rope_theta": rope.theta, "rope_parameters": parameters}
-    scaling = {
-        "rope_type": "yarn",
-        "factor": rope.yarn_factor,
-        "original_max_position_embeddings": rope.original_context,
-        "beta_fast": rope.beta_fast,
-        "beta_slow": rope.beta_slow,
-    }
-    return {
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {**scaling, "rope_theta": rope.theta},
-    }
+    config, rope = read_description(source)
+    weights = stored_weights(source)
+    describe_decoder(config, rope, weights)
+    export_huggingface(config, rope, weights, folder, tokenizer_dir, dtype)
 
 
 def export_huggingface(
     decoder: DecoderConfig,
     rope: RopeConfig,
-    state_dict: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | StoredTensor],
     folder: str | Path,
     tokenizer_dir: str | Path | None = None,
     dtype: torch.dtype | None = None,
     context: int | None = None,
+    file_bytes: int = FILE_BYTES,
 ) -> None:
     """Write a folder that ``AutoModelForCausalLM.from_pretrained`` reads.
 
-    The folder appears whole: it is written beside its place and renamed.
+    The folder appears whole: it is written beside its place and renamed. Stored tensors are read
+    one by one, so that there is never more in memory than one output file and one tensor.
 
     Args:
         decoder: Shape and features.
         rope: Rotary embedding.
-        state_dict: Whole tensors (not sharded) under the names of ``Decoder``.
+        weights: Whole tensors, or stored ones, under the names of ``Decoder``.
         folder: Must not exist, or be empty.
         tokenizer_dir: Folder with a tokenizer, copied along; generation then stops at its end
             token.
         dtype: Of the written weights; ``None`` keeps what they have.
         context: Longest sequence in tokens, see :func:`to_huggingface_config`.
+        file_bytes: Size above which the weights are spread over several files, with an index.
 
     Raises:
         UserError: If ``folder`` holds something, or transformers has no such class.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; name a new folder for the export.")
     config = to_huggingface_config(decoder, rope, context)
-    tensors = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in state_dict.items()
-    }
-    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config["dtype"] = str(dtype or next(iter(weights.values())).dtype).removeprefix("torch.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -313,12 +161,46 @@ def export_huggingface(
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "generation_config.json", generation)
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        _write_weights(temporary, weights, dtype, file_bytes)
         temporary.chmod(0o755)
         temporary.replace(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _write_weights(
+    folder: Path,
+    weights: Mapping[str, Tensor | StoredTensor],
+    dtype: torch.dtype | None,
+    file_bytes: int,
+) -> None:
+    """Write one file, or several with the index that transformers expects."""
+    from safetensors.torch import save_file
+
+    sizes = {k: w.shape.numel() * (dtype or w.dtype).itemsize for k, w in weights.items()}
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if files[-1] and filled + size > file_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    places = {}
+    for number, names in enumerate(files, 1):
+        file = file_name(PART, number, len(files))
+        places |= dict.fromkeys(names, file)
+        tensors = {name: _read(weights[name], dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        _write_json(folder / INDEX, index)
+
+
+def _read(weight: Tensor | StoredTensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = weight.read() if isinstance(weight, StoredTensor) else weight.detach()
+    return tensor.to("cpu", dtype or tensor.dtype).contiguous()
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

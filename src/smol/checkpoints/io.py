@@ -4,6 +4,7 @@ import glob
 import os
 import shutil
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from smol.checkpoints.format import fsync, read_checkpoint, write_checkpoint
+from smol.checkpoints.format import fsync, open_checkpoint, read_checkpoint
+from smol.checkpoints.manifest import Write
 from smol.checkpoints.store import MARKER_FILE, committed, read_manifest, verify_files
+from smol.checkpoints.together import on_all_ranks, save_together
 from smol.errors import UserError
 
 MANIFEST_KEY = "manifest"
@@ -42,7 +45,8 @@ class SafeCheckpointIO(CheckpointIO):
         crash between them leaves the old folder under a name that starts with a dot.
 
         Args:
-            checkpoint: Lightning's checkpoint, on one process.
+            checkpoint: Lightning's checkpoint. One with sharded tensors is saved by all processes,
+                each of which writes its own shards; any other by the first.
             path: A local folder.
             storage_options: Must be None.
 
@@ -57,17 +61,8 @@ class SafeCheckpointIO(CheckpointIO):
         metadata |= checkpoint.get(MANIFEST_KEY, {})
         checkpoint = {k: v for k, v in checkpoint.items() if k not in HYPER_PARAMETERS}
 
-        for interrupted in path.parent.glob(f".{glob.escape(path.name)}.new-*"):
-            shutil.rmtree(interrupted)
-        attempt = uuid.uuid4().hex[:8]
-        new, old = (path.with_name(f".{path.name}.{state}-{attempt}") for state in ("new", "old"))
         step = checkpoint.get("global_step", 0)
-        with committed(new, step, lambda folder: write_checkpoint(folder, checkpoint), metadata):
-            if path.exists() or path.is_symlink():
-                os.rename(path, old)
-            os.rename(new, path)
-            fsync(path.parent)
-        _remove(old)
+        save_together(checkpoint, lambda write: _replace(path, step, write, metadata))
 
     def load_checkpoint(
         self,
@@ -88,13 +83,26 @@ class SafeCheckpointIO(CheckpointIO):
         Raises:
             UserError: If the folder or a file is missing, incomplete or damaged; it is named.
         """
-        path = _local(path)
-        if not path.is_dir():
-            seen = "is a file" if path.exists() else "does not exist"
-            raise UserError(f"{path} {seen}; expected the folder of a checkpoint")
-        local = LocalFileSystem()
-        verify_files(local, str(path), read_manifest(local, str(path)))
-        return read_checkpoint(path, map_location)
+        _verify(path)
+        return read_checkpoint(Path(path), map_location)
+
+    def open_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Verify a checkpoint's folder and read it, but for weights and moments.
+
+        All processes call it; each verifies some of the files.
+
+        Args:
+            path: A local folder, the same on all processes.
+
+        Returns:
+            The checkpoint; see :func:`smol.checkpoints.format.open_checkpoint`.
+
+        Raises:
+            UserError: If the folder or a file is missing, incomplete or damaged; it is named.
+        """
+        ranks = dist.get_world_size()
+        on_all_ranks(lambda: _verify(path, slice(dist.get_rank(), None, ranks)))
+        return open_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint's folder, its marker first.
@@ -112,6 +120,32 @@ def _local(path: str | Path) -> Path:
             "that its load_path returns"
         )
     return Path(path)
+
+
+def _verify(path: str | Path, some: slice = slice(None)) -> None:
+    """Compare files of a checkpoint with its manifest, all or some of them."""
+    path = _local(path)
+    if not path.is_dir():
+        seen = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {seen}; expected the folder of a checkpoint")
+    local = LocalFileSystem()
+    manifest = read_manifest(local, str(path))
+    files = dict(list(manifest.files.items())[some])
+    verify_files(local, str(path), replace(manifest, files=files))
+
+
+def _replace(path: Path, step: int, write: Write, metadata: dict[str, Any]) -> None:
+    """Commit a checkpoint beside ``path`` and rename it into its place."""
+    for interrupted in path.parent.glob(f".{glob.escape(path.name)}.new-*"):
+        shutil.rmtree(interrupted)
+    attempt = uuid.uuid4().hex[:8]
+    new, old = (path.with_name(f".{path.name}.{state}-{attempt}") for state in ("new", "old"))
+    with committed(new, step, write, metadata):
+        if path.exists() or path.is_symlink():
+            os.rename(path, old)
+        os.rename(new, path)
+        fsync(path.parent)
+    _remove(old)
 
 
 def _remove(path: Path) -> None:

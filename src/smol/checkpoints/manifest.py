@@ -14,17 +14,17 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from smol.checkpoints.format import fsync, non_finite_tensor
+from smol.checkpoints.format import Digests, digest_of, fsync
 from smol.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 MARKER_FILE = "COMMITTED"
 
+Write = Callable[[Path], Digests | None]
+"""Writes the payload of a checkpoint into the empty folder that it is given, and flushes it to the
+disk. Of files that it returns the digests of, nobody need compute them again."""
+
 _KEY = re.compile(r"step-\d{8,}-[0-9a-f]{8}")
-
-
-class NonFiniteError(UserError):
-    """A checkpoint was refused because a weight or a moment is infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -71,32 +71,24 @@ def is_key(name: str) -> bool:
     return _KEY.fullmatch(name) is not None
 
 
-def commit(folder: Path, step: int, metadata: dict[str, Any]) -> Manifest:
+def commit(
+    folder: Path, step: int, metadata: dict[str, Any], digests: Digests | None = None
+) -> Manifest:
     """Add manifest and marker to a local folder with a payload, and flush them to the disk.
 
     Args:
         folder: Holds the payload and nothing else.
         step: Optimiser steps taken.
         metadata: Further fields of the :class:`Manifest`, by name.
+        digests: Sizes and digests of files, where they are known.
 
     Returns:
         The manifest.
-
-    Raises:
-        NonFiniteError: If a weight or a moment is not finite.
     """
-    broken = non_finite_tensor(folder)
-    if broken is not None:
-        raise NonFiniteError(
-            f"the checkpoint of step {step} is refused: '{broken}' has values that are infinite "
-            "or not a number; resume from an earlier one"
-        )
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = path.stat().st_size
-        files[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": digest}
+        name = path.relative_to(folder).as_posix()
+        files[name] = (digests or {}).get(name) or digest_of(path)
         fsync(path)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest(step=step, files=files, finite=True, created=created, **metadata)
@@ -114,7 +106,7 @@ def commit(folder: Path, step: int, metadata: dict[str, Any]) -> Manifest:
 
 @contextmanager
 def committed(
-    folder: Path, step: int, write: Callable[[Path], None], metadata: dict[str, Any]
+    folder: Path, step: int, write: Write, metadata: dict[str, Any]
 ) -> Iterator[Manifest]:
     """Write and commit a checkpoint under a temporary name, to be renamed or uploaded within.
 
@@ -126,14 +118,11 @@ def committed(
 
     Yields:
         The manifest of what is now whole and on the disk.
-
-    Raises:
-        NonFiniteError: If a weight or a moment is not finite.
     """
     folder.mkdir(parents=True)
     try:
-        write(folder)
-        yield commit(folder, step, metadata)
+        digests = write(folder)
+        yield commit(folder, step, metadata, digests)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

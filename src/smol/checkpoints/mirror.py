@@ -195,6 +195,7 @@ class Mirror:
                 return
             except Exception as error:  # every file system has errors of its own
                 self.failures, self._dirty = self.failures + 1, True
+                self._connect_anew()
                 first, longest = self.pause
                 pause = min(first * 2 ** min(self.failures - 1, 30), longest)
                 pause *= random.uniform(0.5, 1.5)  # so that a thousand runs do not come at once
@@ -203,6 +204,17 @@ class Mirror:
                     self._tell("upload_failed", message, attempts=self.failures)
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._asked > asked, pause)  # noqa: B023
+
+    def _connect_anew(self) -> None:
+        """Make the remote file system again: it may hold credentials that were renewed since.
+
+        What expires by itself (instance profiles, web identities, ``credential_process``) botocore
+        renews in time; keys in a file it reads once.
+        """
+        if not self.remote.is_local:
+            fs = self.remote.fs
+            fs.clear_instance_cache()
+            self.remote.fs = type(fs)(*fs.storage_args, **fs.storage_options)
 
     def run_once(self, asked: int = 0) -> None:
         """Take one pass.

@@ -1,11 +1,11 @@
 """The writing side of a run's checkpoints: save here, bring to safety there, keep the newest."""
 
 import time
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 from smol.checkpoints.fence import Fence, FencedError
+from smol.checkpoints.manifest import Write
 from smol.checkpoints.mirror import Mirror, News
 from smol.checkpoints.retention import Retention, is_pinned, pin
 from smol.checkpoints.store import CheckpointInfo, FsspecStore
@@ -56,7 +56,7 @@ class Rotation:
     def save(
         self,
         step: int,
-        write: Callable[[Path], None],
+        write: Write,
         metadata: dict[str, Any],
         pinned: bool = False,
     ) -> CheckpointInfo | None:

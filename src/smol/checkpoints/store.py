@@ -27,12 +27,12 @@ from typing import Any, Protocol
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from smol.checkpoints.format import fsync
+from smol.checkpoints.format import NonFiniteError, fsync
 from smol.checkpoints.manifest import (
     MANIFEST_FILE,
     MARKER_FILE,
     Manifest,
-    NonFiniteError,
+    Write,
     committed,
     is_key,
     new_key,
@@ -86,21 +86,17 @@ class CheckpointStore(Protocol):
     def list(self) -> list[CheckpointInfo]:
         """Return the committed checkpoints, in order of (lineage, step)."""
 
-    def save(
-        self, step: int, write: Callable[[Path], None], metadata: dict[str, Any]
-    ) -> CheckpointInfo:
+    def save(self, step: int, write: Write, metadata: dict[str, Any]) -> CheckpointInfo:
         """Write and commit a checkpoint.
 
         Args:
             step: Optimiser steps taken.
-            write: Writes the payload into the empty folder that it is given.
+            write: Writes the payload into the empty folder that it is given. Nothing is kept of it
+                if it raises, as on a weight that is not finite.
             metadata: Further fields of the :class:`Manifest`, by name.
 
         Returns:
             The committed checkpoint.
-
-        Raises:
-            NonFiniteError: If a weight or a moment is not finite; nothing is kept then.
         """
 
     def verify(self, info: CheckpointInfo) -> None:
@@ -168,9 +164,7 @@ class FsspecStore:
         keys = self._keys()
         return [key for key in keys if self.fs.exists(f"{self.root}/{key}/{MARKER_FILE}")]
 
-    def save(
-        self, step: int, write: Callable[[Path], None], metadata: dict[str, Any]
-    ) -> CheckpointInfo:
+    def save(self, step: int, write: Write, metadata: dict[str, Any]) -> CheckpointInfo:
         """See :meth:`CheckpointStore.save`."""
         self.remove_leftovers()
         key = new_key(step)

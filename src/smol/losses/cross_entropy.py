@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from smol.losses.vocab_parallel import VocabularyShard
 
 TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits in work at a time: what fits a processor's cache, or keeps a GPU busy."""
@@ -32,6 +35,10 @@ def linear_cross_entropy(
     (https://arxiv.org/abs/2204.02311, section 5) comes through the log-sum-exp. Products run in
     autocast's dtype; exponentials and sums in float32 (float64 for float64 inputs).
 
+    A weight that is dealt by rows to tensor-parallel ranks (``DTensor``) stays where it is. All of
+    them call with the same ``hidden`` and ``targets``, and get the same results and the whole
+    gradient of ``hidden``.
+
     Args:
         hidden: ``(..., hidden)``.
         weight: Head, ``(vocab, hidden)``.
@@ -54,11 +61,14 @@ def linear_cross_entropy(
         all_kept = len(kept) == len(flat_targets)
     if not all_kept:
         flat_hidden, flat_targets = flat_hidden[kept], flat_targets[kept]
-    device = hidden.device.type
-    strangers = (flat_targets < 0) | (flat_targets >= len(weight))
+    device, vocab = hidden.device.type, len(weight)
+    strangers = (flat_targets < 0) | (flat_targets >= vocab)
     if device == "cpu" and strangers.any():  # a GPU's gather asserts by itself
         stranger = flat_targets[strangers][0].item()
-        raise IndexError(f"target {stranger} is not a token of a vocabulary of {len(weight)}.")
+        raise IndexError(f"target {stranger} is not a token of a vocabulary of {vocab}.")
+    shard = None
+    if isinstance(weight, DTensor):
+        shard, weight = VocabularyShard.of(weight), weight.to_local()
 
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -67,7 +77,7 @@ def linear_cross_entropy(
     if chunk_size is None:
         tile = TILE_ELEMENTS.get(device, TILE_ELEMENTS["cuda"])
         chunk_size = max(tile // max(len(flat_targets), 1), SMALLEST_CHUNK)
-    results = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, chunk_size, dtype)
+    results = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, chunk_size, dtype, shard)
     if not all_kept:
         results = (x.new_zeros(targets.numel()).index_copy(0, kept, x) for x in results)
     # Copies, because FSDP2 hooks what a forward returns and cannot hook views safely.
@@ -75,11 +85,16 @@ def linear_cross_entropy(
     return nll, lse
 
 
+linear_cross_entropy.takes_sharded_weight = True  # a decoder asks its head for this
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Tokens in one row, none ignored."""
+    """Tokens in one row, none ignored; the weight may be some rows of the head."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_size, dtype):
+    def forward(ctx, hidden, weight, targets, chunk_size, dtype, shard):
+        if shard is not None:
+            targets = targets - shard.first
         ctx.save_for_backward(hidden, weight, targets)
         tiles = _Tiles(hidden, weight, targets, chunk_size, dtype)
         lse = hidden.new_full((len(hidden),), -torch.inf, dtype=tiles.sum_dtype)
@@ -91,7 +106,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 top = logits.amax(dim=1).to(lse.dtype)
                 total = tiles.exp(logits, top).sum(dim=1)
                 lse = torch.logaddexp(lse, total.log_().add_(top))
-        ctx.lse, ctx.chunk_size, ctx.dtype = lse, chunk_size, dtype
+        if shard is not None:
+            lse, target_logits = shard.combine(lse, target_logits)
+        ctx.lse, ctx.chunk_size, ctx.dtype, ctx.shard = lse, chunk_size, dtype, shard
         ctx.set_materialize_grads(False)
         return lse - target_logits, lse.clone()
 
@@ -120,8 +137,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if needs_weight:
                     weight_grad[rows] = grad.T @ tiles.hidden
         if needs_hidden:
+            if ctx.shard is not None:
+                ctx.shard.add_up(hidden_grad)
             hidden_grad = hidden_grad.to(hidden.dtype)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 class _Tiles:

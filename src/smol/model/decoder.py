@@ -4,20 +4,30 @@ Parameter names are those of Llama and SmolLM3 in Hugging Face transformers, so 
 exporting weights are copies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from smol.model.activation_checkpointing import (
+    ActivationCheckpointing,
+    check_mode,
+    run_checkpointed,
+)
 from smol.model.attention import Attend, build_attention, document_positions
 from smol.model.config import DecoderConfig, RopeConfig
 from smol.model.rope import RotaryEmbedding, Rotation, rotate
 
 Head = Callable[[Tensor, Tensor], Any]
-"""Called with hidden states ``(batch, time, hidden)`` and the head's weight ``(vocab, hidden)``."""
+"""Called with hidden states ``(batch, time, hidden)`` and the head's weight ``(vocab, hidden)``.
+
+Tensor-parallel ranks each have some rows of the weight. A function, or a ``functools.partial`` of
+one, with a true attribute ``takes_sharded_weight`` is given them as a ``DTensor``; others get all.
+"""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -102,6 +112,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = config.dropout
+        self.activation_checkpointing: ActivationCheckpointing = "none"
 
     def forward(self, hidden: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """Transform hidden states.
@@ -114,6 +125,15 @@ class Block(nn.Module):
         Returns:
             ``(batch, time, hidden)``.
         """
+        # In here, so that the hooks and the compiler of a block see one call of it.
+        return run_checkpointed(
+            self._transform,
+            (hidden, rotation, attend),
+            mode=self.activation_checkpointing,
+            random=self.dropout > 0,
+        )
+
+    def _transform(self, hidden: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(hidden), rotation, attend)
         hidden = hidden + self._drop(mixed)
         return hidden + self._drop(self.mlp(self.post_attention_layernorm(hidden)))
@@ -139,19 +159,29 @@ class Decoder(nn.Module):
         config: Shape and features.
         rope: Rotary embedding; ``None`` means the defaults of :class:`RopeConfig`.
         attention: Name of the attention backend.
+        activation_checkpointing: What blocks compute again in the backward pass: nothing
+            (``none``), all but matrix products and attention (``selective``), or all (``full``).
 
     Raises:
-        UserError: If the attention backend is unknown or cannot run here.
+        UserError: If the attention backend or the kind of checkpointing is unknown, or if the
+            backend cannot run here.
     """
 
     def __init__(
-        self, config: DecoderConfig, rope: RopeConfig | None = None, attention: str = "sdpa"
+        self,
+        config: DecoderConfig,
+        rope: RopeConfig | None = None,
+        attention: str = "sdpa",
+        activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
+        check_mode(activation_checkpointing)
         super().__init__()
         self.config = config
         self.attention = build_attention(attention)
         self.rotary = RotaryEmbedding(config.head_dim, rope or RopeConfig())
         self.model = Backbone(config)
+        for layer in self.model.layers:
+            layer.activation_checkpointing = activation_checkpointing
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -161,6 +191,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         head: Head | None = None,
+        attends: Sequence[Attend] | None = None,
     ) -> Any:
         """Run the decoder and apply ``head`` to the hidden states.
 
@@ -175,11 +206,15 @@ class Decoder(nn.Module):
                 no token attends to another document; ``None`` makes each row one document.
             head: Called with the final hidden states ``(batch, time, hidden)`` and the weight of
                 the head ``(vocab, hidden)``; ``None`` computes logits.
+            attends: The attention of each layer, such as one that remembers earlier tokens; then
+                ``positions`` is needed. ``None`` asks the attention backend for one of all layers.
 
         Returns:
             What ``head`` returns; by default logits ``(batch, time, vocab)``.
         """
-        attend = self.attention.prepare(documents, tuple(tokens.shape), tokens.device)
+        if attends is None:
+            attend = self.attention.prepare(documents, tuple(tokens.shape), tokens.device)
+            attends = [attend] * len(self.model.layers)
         if positions is None and documents is not None:
             positions = document_positions(documents)
         elif positions is None:
@@ -188,10 +223,15 @@ class Decoder(nn.Module):
         hidden = self.model.embed_tokens(tokens)
         rotation = self.rotary(positions, compute_dtype(hidden))
         nope = self.config.nope_layers
-        for index, layer in enumerate(self.model.layers):
+        for index, (layer, attend) in enumerate(zip(self.model.layers, attends, strict=True)):
             hidden = layer(hidden, None if index in nope else rotation, attend)
         hidden = self.model.norm(hidden)
-        return (head or F.linear)(hidden, self.head_weight)
+        head = head or F.linear
+        weight = self.head_weight
+        takes_shards = getattr(getattr(head, "func", head), "takes_sharded_weight", False)
+        if isinstance(weight, DTensor) and not takes_shards:
+            weight = weight.full_tensor()
+        return head(hidden, weight)
 
     @property
     def head_weight(self) -> Tensor:

@@ -11,9 +11,17 @@ from torch import Tensor
 from smol.errors import UserError
 from smol.model.config import DecoderConfig, RopeConfig
 from smol.model.decoder import Decoder
+from smol.stored_tensors import (
+    StoredTensor,
+    file_name,
+    is_stored,
+    read_tensors,
+    stored_tensors,
+)
 
 DESCRIPTION = "decoder.json"
-WEIGHTS = "model.safetensors"
+PART = "model"  # of a folder's stored tensors
+WEIGHTS = file_name(PART)
 MODULE_PREFIX = "decoder."  # of the weights in a training checkpoint, which is a decoder folder too
 
 
@@ -91,19 +99,27 @@ def load_decoder(
     Raises:
         UserError: If the folder is incomplete or its weights do not fit its description.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config, rope = read_description(folder)
-    path = Path(folder) / WEIGHTS
-    try:
-        state_dict = {
-            name.removeprefix(MODULE_PREFIX): tensor
-            for name, tensor in load_file(path, device=str(device)).items()
-        }
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights {path}: {error}.") from error
+    _require_weights(folder)
+    weights = read_tensors(Path(folder), PART, str(device))
+    state_dict = {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in weights.items()}
     return assemble_decoder(config, rope, state_dict, device, attention)
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Whether a folder holds weights, in one file or in shards: a decoder folder or checkpoint."""
+    return is_stored(Path(folder), PART)
+
+
+def stored_weights(folder: str | Path) -> dict[str, StoredTensor]:
+    """List the weights of a decoder folder or a checkpoint under the names of :class:`Decoder`.
+
+    Raises:
+        UserError: If there are none, or their files cannot be read.
+    """
+    _require_weights(folder)
+    weights = stored_tensors(Path(folder), PART)
+    return {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in weights.items()}
 
 
 def assemble_decoder(
@@ -125,19 +141,48 @@ def assemble_decoder(
     Raises:
         UserError: If a weight is missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
-        decoder = Decoder(config, rope, attention)
-    expected = decoder.state_dict()
-    for name in sorted(expected.keys() | state_dict.keys()):
-        if name not in state_dict:
-            raise UserError(f"the weights lack {name}, which the described decoder has.")
-        if name not in expected:
-            raise UserError(f"the weights hold {name}, which the described decoder does not have.")
-        if state_dict[name].shape != expected[name].shape:
-            raise UserError(
-                f"weight {name} has shape {tuple(state_dict[name].shape)}; the described decoder "
-                f"expects {tuple(expected[name].shape)}."
-            )
+    decoder = describe_decoder(config, rope, state_dict, attention)
     decoder.load_state_dict(state_dict, assign=True)
     decoder.rotary.to_empty(device=device)
     return decoder
+
+
+def describe_decoder(
+    config: DecoderConfig,
+    rope: RopeConfig,
+    weights: Mapping[str, Tensor | StoredTensor],
+    attention: str = "sdpa",
+) -> Decoder:
+    """Build a decoder without weights, and check that the given ones are those that it needs.
+
+    Args:
+        config: Shape and features.
+        rope: Rotary embedding.
+        weights: One per parameter.
+        attention: Name of the attention backend.
+
+    Returns:
+        The decoder, on the meta device.
+
+    Raises:
+        UserError: If a weight is missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config, rope, attention)
+    expected = decoder.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            raise UserError(f"the weights lack {name}, which the described decoder has.")
+        if name not in expected:
+            raise UserError(f"the weights hold {name}, which the described decoder does not have.")
+        if weights[name].shape != expected[name].shape:
+            raise UserError(
+                f"weight {name} has shape {tuple(weights[name].shape)}; the described decoder "
+                f"expects {tuple(expected[name].shape)}."
+            )
+    return decoder
+
+
+def _require_weights(folder: str | Path) -> None:
+    if not has_weights(folder):
+        raise UserError(f"{folder} holds no {WEIGHTS}; expected a checkpoint or a decoder folder")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from smol.checkpoints.weights import copy_weights
 from smol.data.batch import TokenBatch
 from smol.errors import UserError
 from smol.model import Decoder, DecoderConfig, RopeConfig, check_initialization, init_weights
+from smol.model.activation_checkpointing import ActivationCheckpointing
 from smol.model.io import DESCRIPTION
 from smol.modules.steps import move_step_count, rewind_loggers
 from smol.optim import (
@@ -27,7 +29,7 @@ from smol.optim import (
     gradient_norm,
     set_learning_rates,
 )
-from smol.parallel.fsdp import shard_decoder
+from smol.parallel import FSDP2Strategy
 
 
 class DecoderModule(LightningModule):
@@ -43,6 +45,8 @@ class DecoderModule(LightningModule):
         optimizer: Optimiser and parameter groups.
         schedule: Learning-rate schedule over optimiser steps.
         compile: Compile each block with ``torch.compile``.
+        activation_checkpointing: What blocks compute again in the backward pass, to save memory:
+            none, selective (all but matrix products and attention) or full (all).
         init_seed: Seed of the initial weights.
     """
 
@@ -54,6 +58,7 @@ class DecoderModule(LightningModule):
         optimizer: OptimizerConfig | None = None,
         schedule: Schedule | None = None,
         compile: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
         init_seed: int = 6,
     ):
         super().__init__()
@@ -63,6 +68,7 @@ class DecoderModule(LightningModule):
         self.optimizer_config = optimizer or OptimizerConfig()
         self.schedule = schedule or Constant()
         self.compile_blocks = compile
+        self.activation_checkpointing = activation_checkpointing
         self.init_seed = init_seed
         self.learning_rate_scale = 1.0  # a factor for whoever has to slow the training down
         self.initial_weights: Path | None = None
@@ -92,29 +98,38 @@ class DecoderModule(LightningModule):
     # -- model and optimiser ---------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Build the decoder, sharded when the strategy says so, and give it its first weights."""
+        """Build the decoder and give it its first weights."""
         if self.decoder is not None:
             return
-        device, mesh = self.trainer.strategy.root_device, self.device_mesh
-        if device.type == "cpu":
-            # Trained weights make many numbers of 1e-38 and less, which slow a processor down (see
-            # docs/log.md). Threads inherit this, so it comes before the first product.
-            torch.set_flush_denormal(True)
-        with torch.device("meta"):
-            decoder = Decoder(self.decoder_config, self.rope_config, self.attention)
-        if self.compile_blocks:
-            for layer in decoder.model.layers:
-                layer.compile()
-        if mesh is not None:
-            mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-            shard_decoder(decoder, mesh["data_parallel"], mixed)
-        decoder.to_empty(device=device)
-        init_weights(decoder, seed=self.init_seed)
+        decoder = self.build_decoder()
         if self.initial_weights is None:
             check_initialization(decoder)
         else:
             copy_weights(decoder, self.initial_weights)
         self.decoder = decoder
+
+    def build_decoder(self) -> Decoder:
+        """A decoder with random weights, sharded when the strategy says so."""
+        strategy = self.trainer.strategy
+        device = strategy.root_device
+        if device.type == "cpu":
+            # Trained weights make many numbers of 1e-38 and less, which slow a processor down (see
+            # docs/log.md). Threads inherit this, so it comes before the first product.
+            torch.set_flush_denormal(True)
+        with torch.device("meta"):
+            decoder = Decoder(
+                self.decoder_config, self.rope_config, self.attention, self.activation_checkpointing
+            )
+        if self.compile_blocks:
+            for layer in decoder.model.layers:
+                layer.compile()
+        if isinstance(strategy, FSDP2Strategy):
+            # Of which all contexts are multiples.
+            strategy.shard(decoder, getattr(self.trainer.datamodule, "shortest_context", None))
+            device = strategy.parameter_device
+        decoder.to_empty(device=device)
+        init_weights(decoder, seed=self.init_seed)
+        return decoder
 
     def teardown(self, stage: str) -> None:
         torch.set_flush_denormal(False)  # other code of this process may mean what it says
@@ -184,7 +199,11 @@ class DecoderModule(LightningModule):
         Whoever changes gradients does so before anybody asks: it is computed once for each step.
         """
         if self._grad_norm is None:
-            self._grad_norm = gradient_norm(self.decoder.parameters())
+            norm = gradient_norm(self.decoder.parameters()).to(self.device)
+            strategy = self.trainer.strategy
+            if isinstance(strategy, FSDPStrategy):  # what a process sees of its flat parameters
+                norm = strategy.reduce(norm.square(), reduce_op="sum").sqrt()
+            self._grad_norm = norm
         return self._grad_norm
 
     @property

@@ -3,9 +3,13 @@
 from importlib import import_module
 from typing import Any
 
-_PLACES = {"FSDP2Strategy": "strategy", "shard_decoder": "fsdp"}
+_PLACES = {
+    "FSDP2Strategy": "strategy",
+    "parallelize_decoder": "tensor_parallel",
+    "shard_decoder": "fsdp",
+}
 
-__all__ = ["FSDP2Strategy", "shard_decoder"]
+__all__ = ["FSDP2Strategy", "parallelize_decoder", "shard_decoder"]
 
 
 def __getattr__(name: str) -> Any:
