@@ -8,6 +8,7 @@ PYTHON ?= python3
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check -q
 TORCH   = torch==2.13.0
+DRILLED = tests/faults tests/launch $(addprefix tests/checkpoints/test_,crash_points.py mirror.py credentials.py)
 CPU     = https://download.pytorch.org/whl/cpu
 
 .PHONY: train pretraining test drills lint install install-dev clean
@@ -21,7 +22,7 @@ pretraining: install
 	done
 
 drills: install-dev
-	DRILLS=1 $(BIN)/python -m pytest tests/faults tests/launch tests/checkpoints/test_crash_points.py
+	DRILLS=1 PYTHONPATH=tests:benchmarks $(BIN)/python -m pytest -p drill_report $(DRILLED)
 
 test: install-dev
 	$(BIN)/python -m pytest

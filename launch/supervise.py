@@ -3,9 +3,9 @@
 The command is started again whenever it dies, and goes on from its newest checkpoint; each start is
 a line in ``<run>/supervise.jsonl``. Waiting doubles from crash to crash and begins anew with
 progress, which is a newer checkpoint or a later log row than any before. After so many crashes in a
-row without progress the run stops with a report, instead of burning hours on the same data. A
-command that ends by itself (0), with a mistake of the user's (2), or because somebody asked for it
-(SIGTERM and SIGINT are passed on) is not started again.
+row without progress the run stops with a report (exit status 3), instead of burning hours on the
+same data. A command that ends by itself (0), with a mistake of the user's (2), or because somebody
+asked for it (SIGTERM and SIGINT are passed on) is not started again.
 """
 
 import argparse
@@ -22,19 +22,30 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from smol.errors import UserError
+from smol.restarts import (
+    CRASHES,
+    SUPERVISED,
+    Attempts,
+    check_goes_on,
+    progress,
+    summary,
+    write_report,
+)
+
 ENDED, MISTAKE, GAVE_UP = 0, 2, 3
-LAST_LINES = 20  # of the events and of the error output, in the report
+LAST_LINES = 20  # of the error output, in the report
 
 
 def run_folder(command: Sequence[str]) -> Path:
     """The folder of the run that a command line trains, by its name and runs_dir.
 
     Raises:
-        UserError: The command line is not one of train.py's, or the run has no name.
+        UserError: The command line is not one of train.py's, the run has no name, or each start
+            would begin at the same place.
     """
     from smol.cli import parse_command_line
     from smol.config import compose
-    from smol.errors import UserError
     from smol.interpolation import interpolate
     from smol.paths import resolve
 
@@ -47,20 +58,8 @@ def run_folder(command: Sequence[str]) -> Path:
     values = interpolate(compose(line.files, line.flags)) if line else {}
     if not values.get("name"):
         raise UserError("the run has no name; set one with --name, so that it can be found again")
+    check_goes_on(values.get("ckpt_path"))
     return Path(resolve(values.get("runs_dir", "runs"))) / values["name"]
-
-
-def progress(folder: Path) -> tuple[int, int, int]:
-    """Lineage and step of the newest checkpoint, and the step of the last row of the log."""
-    from smol.checkpoints.store import FsspecStore
-    from smol.runs import CHECKPOINTS
-
-    infos = FsspecStore(folder / CHECKPOINTS).list()
-    lineage, step = (infos[-1].manifest.lineage, infos[-1].manifest.step) if infos else (0, 0)
-    metrics = folder / "metrics.csv"
-    rows = metrics.read_text().splitlines()[1:] if metrics.exists() else []
-    logged = rows[-1].split(",")[0] if rows else ""
-    return lineage, step, int(logged) if logged.isdigit() else 0
 
 
 class Supervisor:
@@ -86,20 +85,20 @@ class Supervisor:
         """Supervise to the end; returns the exit status to end with."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
-        best, in_a_row = progress(self.folder), 0
+        launcher = f"supervise.py, process {os.getpid()}"
+        Attempts.count(self.folder, launcher)
         while True:
             began = time.monotonic()
             status, errors = self._once()
-            reached = progress(self.folder)
-            forward = reached > best
-            best, in_a_row = max(best, reached), 0 if forward else in_a_row + 1
-            self._note(status, time.monotonic() - began, reached)
+            self._note(status, time.monotonic() - began)
             if status in (ENDED, MISTAKE) or self._stopping:
                 return status if status >= 0 else 128 - status
-            if in_a_row >= self.crashes:
-                self._report(status, in_a_row, reached, errors)
+            attempts = Attempts.count(self.folder, launcher)
+            if attempts.crashes >= self.crashes:
+                self._report(attempts, status, errors)
                 return GAVE_UP
-            seconds = min(self.backoff * 2**in_a_row, self.longest)
+            seconds = min(self.backoff * 2**attempts.crashes, self.longest)
+            reached = progress(self.folder)
             print(f"supervise: {_name(status)} after step {reached[2]}; again in {seconds:g} s")
             self._wait(seconds)
             if self._stopping:
@@ -111,7 +110,11 @@ class Supervisor:
         It has a session of its own, so that what it leaves behind (ranks, data workers) ends too.
         """
         child = subprocess.Popen(
-            self.command, stderr=subprocess.PIPE, text=True, start_new_session=True
+            self.command,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {SUPERVISED: "1"},
         )
         self._child = child
         if self._stopping:
@@ -141,41 +144,29 @@ class Supervisor:
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(number)
 
-    def _note(self, status: int, seconds: float, reached: tuple[int, int, int]) -> None:
+    def _note(self, status: int, seconds: float) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        _, saved, logged = progress(self.folder)
         row = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "status": status,
             "seconds": round(seconds, 1),
-            "checkpoint_step": reached[1],
-            "logged_step": reached[2],
+            "checkpoint_step": saved,
+            "logged_step": logged,
         }
         with open(self.folder / "supervise.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _report(
-        self, status: int, in_a_row: int, reached: tuple[int, int, int], errors: list[str]
-    ) -> None:
-        events = self.folder / "events.jsonl"
-        rows = events.read_text(encoding="utf-8").splitlines() if events.exists() else []
-        text = [
-            f"The run {self.folder.name} crashed {in_a_row} times in a row without progress.",
-            f"last status      {_name(status)}",
-            f"last checkpoint  step {reached[1]}, lineage {reached[0]}",
-            f"last log row     step {reached[2]}",
-            f"command          {' '.join(self.command)}",
-            "",
-            "If it dies at the same step each time, suspect the data; if not, the machine.",
-            "",
-            "last events",
-            *(f"  {row}" for row in rows[-LAST_LINES:]),
+    def _report(self, attempts: Attempts, status: int, errors: list[str]) -> None:
+        details = [
+            f"last status  {_name(status)}",
+            f"command      {' '.join(self.command)}",
             "",
             "end of the error output",
             *(f"  {line}" for line in errors),
         ]
-        path = self.folder / "crash_report.txt"
-        path.write_text("\n".join(text) + "\n", encoding="utf-8")
-        print(f"supervise: {text[0]} What is known is in {path}", file=sys.stderr)
+        path = write_report(self.folder, attempts, details)
+        print(f"supervise: {summary(self.folder, attempts)} See {path}", file=sys.stderr)
 
 
 def _name(status: int) -> str:
@@ -186,21 +177,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--crashes", type=int, default=3, help="in a row without progress")
+    parser.add_argument("--crashes", type=int, default=CRASHES, help="in a row without progress")
     parser.add_argument("--backoff", type=float, default=5.0, help="seconds before a new start")
     parser.add_argument("--longest", type=float, default=600.0, help="seconds at most")
+    parser.add_argument("--print_folder", action="store_true", help="that of the run, and stop")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="src/train.py fit --config …")
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if command and command[0].endswith(".py"):
         command = [sys.executable, *command]
-    from smol.errors import UserError
-
     try:
         folder = run_folder(command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
+    if options.print_folder:
+        print(folder)
+        return ENDED
     supervisor = Supervisor(command, folder, options.crashes, options.backoff, options.longest)
     return supervisor.run()
 

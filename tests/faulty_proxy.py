@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ERROR = "<Error><Code>{}</Code><Message>as the test wishes</Message></Error>"
-CODES = {503: "SlowDown", 403: "AccessDenied", 500: "InternalError"}
+CODES = {400: "ExpiredToken", 403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class Request:
         method: As ``PUT``.
         path: With the query, as ``/bucket/run/COMMITTED?uploads``.
         number: How many requests came before it.
+        key: The access key that it was signed with; empty if it was not.
     """
 
     method: str
     path: str
     number: int
+    key: str = ""
 
     @property
     def is_list(self) -> bool:
@@ -40,12 +42,13 @@ class FaultyProxy:
     """A proxy in a thread. ``fault`` says what happens to a request:
 
     - None: nothing,
-    - 403, 500, 503: it is answered with this status and not passed on,
+    - 400, 403, 500, 503: it is answered with this status and not passed on,
     - ``cut``: the connection breaks after the request went through, before the answer,
     - ``cut_body``: it breaks in the middle of the answer,
     - ``stall``: no answer for ten seconds,
     - ``flip``: one byte of what the client gets is another,
-    - ``flip_up``: one byte of what the server gets is another.
+    - ``flip_up``: one byte of what the server gets is another,
+    - ``truncate_up``: the server gets the first half.
     """
 
     def __init__(self, port: int):
@@ -64,7 +67,9 @@ class FaultyProxy:
 
             def handle_one(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                request = Request(self.command, self.path, len(proxy.requests))
+                signed = self.headers.get("Authorization", "").partition("Credential=")[2]
+                key = signed.partition("/")[0]
+                request = Request(self.command, self.path, len(proxy.requests), key)
                 proxy.requests.append(request)
                 fault = proxy.fault(request)
                 if isinstance(fault, int):
@@ -74,12 +79,16 @@ class FaultyProxy:
                     return self.cut()
                 if fault == "flip_up":
                     body = _flip(body)
+                if fault == "truncate_up":
+                    body = body[: len(body) // 2]
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
                 try:
                     connection.putrequest(
                         self.command, self.path, skip_host=True, skip_accept_encoding=True
                     )
                     for name, value in self.headers.items():
+                        if name.lower() == "content-length":
+                            value = str(len(body))
                         if name.lower() != "expect":
                             connection.putheader(name, value)
                     connection.endheaders(body)

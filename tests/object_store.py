@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 KEY, SECRET = "test-key", "test-secret"
+RENEWED_KEY, RENEWED_SECRET = "renewed-key", "renewed-secret"
 BUCKET = "smol-tests"
 
 
@@ -25,7 +26,10 @@ class ObjectStore:
         self.folder, self.port = folder, free_port()
         identity = {
             "name": "test",
-            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "credentials": [
+                {"accessKey": KEY, "secretKey": SECRET},
+                {"accessKey": RENEWED_KEY, "secretKey": RENEWED_SECRET},
+            ],
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))

@@ -6,6 +6,7 @@ by `smol.lightning_cli` when there is something to run.
 
 import errno
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -151,6 +152,9 @@ def main(args: list[str] | None = None, run: bool = True) -> "SmolCLI":
             print(f"error: {message}", file=sys.stderr)
         elif (line is not None and line.started) or not _ends(parent):
             print(f"error: rank {rank()}: {message}", file=sys.stderr)
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == parent:
+            # A mistake is one at the next start, too, and torchrun knows no status that tells it.
+            os.kill(parent, signal.SIGTERM)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -26,9 +26,11 @@ from smol.cli_errors import check_keys, explain
 from smol.cli_help import key_help, overview
 from smol.config import compose, dump_yaml, unused
 from smol.errors import UserError
+from smol.heartbeat import Heartbeat, is_launched
 from smol.interpolation import interpolate
 from smol.model.io import with_trained_context
 from smol.paths import is_url, resolve
+from smol.restarts import refuse_crash_loop
 from smol.runs import CHECKPOINTS, find_start
 
 DEFAULT_ORDER = 250  # guards 100, monitors 200, checkpoints 400, reports 500
@@ -222,6 +224,11 @@ class SmolCLI(LightningCLI):
 
         return build
 
+    def before_instantiate_classes(self) -> None:
+        """Count the starts of whoever starts this command again when it dies."""
+        if self.run and self.line.command == "fit" and rank() == 0:
+            refuse_crash_loop(self.run_folder, self.settings.ckpt_path)
+
     def instantiate_classes(self) -> None:
         """Build model, data, callbacks and trainer."""
         try:
@@ -239,6 +246,8 @@ class SmolCLI(LightningCLI):
         named = self._get(self.config_init, "callbacks") or {}
         callbacks = [callback for callback in named.values() if callback is not None]
         callbacks.sort(key=lambda callback: getattr(callback, "order", DEFAULT_ORDER))
+        if is_launched():
+            callbacks.insert(0, Heartbeat())
         with _lightning_mistakes(MisconfigurationException, ValueError, TypeError, ImportError):
             return self._instantiate_trainer(config, [WriteConfig(self), *callbacks])
 

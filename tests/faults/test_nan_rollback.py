@@ -1,6 +1,8 @@
 """Causes faults that the guard knows nothing of, and compares with runs that never met them."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +189,51 @@ def test_a_snapshot_that_did_not_help_is_not_tried_again_then_comes_a_checkpoint
     assert (infos[disk].lineage, infos[disk].step) == (1, 9)
     skipped = run.datamodule.loader.curriculum.segments[0].skipped
     assert equal(run, controls([p for start, stop in skipped for p in range(start, stop, STEP)]))
+
+
+class LoseDisk(Callback):
+    """Deletes the local checkpoints before the second rollback, when all have been uploaded."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 14 and module.lineage == 1:
+            (rotation,) = (c for c in trainer.callbacks if isinstance(c, CheckpointRotation))
+            rotation._rotation.mirror.flush(self.seconds)
+            shutil.rmtree(Path(trainer.default_root_dir, "checkpoints"), ignore_errors=True)
+
+
+def test_a_checkpoint_that_is_only_in_the_store_will_do(sources, tmp_path, controls):
+    run = train(
+        tmp_path / "run",
+        sources,
+        faults=[{"kind": "nan_loss", "step": 14, "times": 4}],
+        guard={"snapshots": 2, "age": 5, "learning_rate_cut": 1.0},
+        callbacks=[CheckpointRotation(every=3, keep=9, store=str(tmp_path / "safe")), LoseDisk(20)],
+    )
+    memory, store = (e["fields"]["returned_to"] for e in events(tmp_path / "run", "rollback"))
+    assert memory == "snapshot of step 5"
+    infos = {i.key: i.manifest for i in FsspecStore(tmp_path / "safe/run").list()}
+    assert (infos[store].lineage, infos[store].step) == (1, 9)
+    skipped = run.datamodule.loader.curriculum.segments[0].skipped
+    assert equal(run, controls([p for start, stop in skipped for p in range(start, stop, STEP)]))
+
+
+def test_a_store_that_cannot_be_read_is_no_state_to_return_to(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr("smol.checkpoints.replicas.ATTEMPTS", 1)
+    (tmp_path / "safe").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="no state is left to go back to"):
+        train(
+            tmp_path / "run",
+            sources,
+            faults=[{"kind": "nan_loss", "step": 14, "times": 9}],
+            guard={"snapshots": 2, "age": 5},
+            callbacks=[
+                CheckpointRotation(every=0, store=str(tmp_path / "safe"), patience=0),
+                LoseDisk(0),
+            ],
+        )
 
 
 def test_the_higher_loss_of_an_earlier_state_is_no_spike(sources, tmp_path):

@@ -1,21 +1,14 @@
 """The supervisor: what it starts again, what not, and when it gives up."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
+from launch_parts import SUPERVISE
 
-from smol.paths import project_root
-from smol.runs import newest_checkpoint
-
-SUPERVISE = project_root() / "launch" / "supervise.py"
 CONFIG = """
 name: tried
 runs_dir: {runs}
@@ -124,49 +117,3 @@ def test_a_run_without_a_name_is_one_line(tmp_path):
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: the run has no name")
-
-
-TINY = """
-extends: {base}
-name: {name}
-runs_dir: {runs}
-trainer: {{max_steps: 30, precision: 32-true, limit_val_batches: 0}}
-model:
-  init_args:
-    decoder:
-      {{vocab_size: 384, hidden_size: 32, num_layers: 2, num_heads: 2, intermediate_size: 64}}
-    schedule: {{class_path: smol.optim.WSD, init_args: {{warmup_steps: 3}}}}
-data:
-  init_args:
-    embedded: null
-    tokenizer: {sources}/tokenizer
-    context_length: 32
-    global_batch_tokens: 256
-    micro_batch_tokens: 256
-    stages:
-      one: {{start_step: 0, mixture: {{cats: {{path: {sources}/cats, weight: 1}}}}}}
-callbacks: {{sample_text: null, run_report: null, checkpoint: {{init_args: {{every: 4}}}}}}
-"""
-KILLS = "[{kind: kill, step: 5}, {kind: kill, step: 13}, {kind: kill, step: 14}]"
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_was_not(sources, tmp_path):
-    def train(name, before=(), after=()):
-        config = tmp_path / f"{name}.yaml"
-        base = project_root() / "configs/base.yaml"
-        runs = tmp_path / "runs"
-        config.write_text(TINY.format(base=base, name=name, runs=runs, sources=sources))
-        train_py = str(project_root() / "src/train.py")
-        line = [sys.executable, *before, train_py, "fit", "-c", str(config), *after]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=250, env=os.environ)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return load_file(newest_checkpoint(runs / name) / "model.safetensors")
-
-    whole = train("whole")
-    faults = ("--callbacks.faults.class_path", "callbacks.FaultInjection")
-    faults += ("--callbacks.faults.init_args.faults", KILLS)
-    killed = train("killed", (str(SUPERVISE), "--backoff", "0.1"), faults)
-    assert len((tmp_path / "runs/killed/supervise.jsonl").read_text().splitlines()) == 4
-    for name, weight in whole.items():
-        assert torch.equal(weight, killed[name]), name
