@@ -1,18 +1,19 @@
 """Lets the model write."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from smol.errors import UserError
-from smol.generation import generate
+from smol.generation import Generator, Sampling
 
 
 class SampleText(Callback):
     """Writes a paragraph into ``samples.txt``: when training ends and, if asked, on the way.
 
+    A run that went back, by a restart or a rollback, replaces what it wrote of later steps.
     Training goes on bit-identically with and without. Needs a module with a ``decoder`` and data
     with a ``tokenizer`` and a ``context_length``; with any others nothing is written.
 
@@ -25,7 +26,7 @@ class SampleText(Callback):
 
     Args:
         prompt: How the paragraph begins; may be empty.
-        tokens: Its length at most.
+        tokens: Its length at most; prompt and paragraph together fill one context.
         temperature: Of the sampling.
         top_p: Of the sampling.
         every: Optimiser steps between paragraphs; 0 writes only at the end.
@@ -46,8 +47,9 @@ class SampleText(Callback):
     ):
         if every < 0:
             raise UserError(f"SampleText every is {every}, expected 0 or more optimiser steps")
-        self.prompt, self.tokens, self.every = prompt, tokens, every
-        self.temperature, self.top_p = temperature, top_p
+        self.prompt, self.every = prompt, every
+        # Seeded, so that all ranks, which write together, write the same.
+        self.sampling = Sampling(temperature, top_p=top_p, max_new_tokens=tokens, seed=0)
         self.text: str | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,30 +75,26 @@ class SampleText(Callback):
         context = getattr(data, "context_length", None)
         if decoder is None or tokenizer is None or context is None:
             return
-        modes = [(module, module.training) for module in pl_module.modules()]
-        pl_module.eval()
+        # A text begins after the end of the one before it.
+        prompt = [tokenizer.eos_id, *tokenizer.encode(self.prompt)][: context - 1]
         with (
             trainer.profiler.profile("sample_text"),
             trainer.precision_plugin.forward_context(),
-            # A growing text has a new length at each token: nothing to compile for.
-            torch.compiler.set_stance("force_eager"),
         ):
-            new = generate(
-                decoder,
-                # A text begins after the end of the one before it.
-                [tokenizer.eos_id, *tokenizer.encode(self.prompt)],
-                self.tokens,
-                context,
-                self.temperature,
-                self.top_p,
-                stop=[tokenizer.eos_id],
-                seed=0,  # the same on all ranks, which write together
-            )
-        for module, training in modes:
-            module.training = training
-        self.text = self.prompt + tokenizer.decode(new)
+            generator = Generator(decoder, tokenizer, max_length=context)
+            [completion] = generator.generate([prompt], self.sampling)
+        self.text = self.prompt + completion.text
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir, "samples.txt")
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(f"--- step {trainer.global_step}\n{self.text}\n")
+            before = _before(path, trainer.global_step)
+            text = f"{before}--- step {trainer.global_step}\n{self.text}\n"
+            path.write_text(text, encoding="utf-8")
+
+
+def _before(path: Path, step: int) -> str:
+    """What a file holds of the steps before ``step``."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    headers = re.finditer(r"^--- step (\d+)$", text, re.MULTILINE)
+    end = next((found.start() for found in headers if int(found[1]) >= step), len(text))
+    return text[:end]

@@ -1,6 +1,7 @@
 """Writing text with a decoder."""
 
-from smol.generation.generate import generate
-from smol.generation.sampling import sample
+from smol.generation.engine import Generator, Stream
+from smol.generation.row import Completion
+from smol.generation.sampling import Sampling
 
-__all__ = ["generate", "sample"]
+__all__ = ["Completion", "Generator", "Sampling", "Stream"]
