@@ -45,10 +45,8 @@ def classes(key: str) -> dict[str, str]:
         return {}
     init, found = Path(spec.origin), {}
     exported = _exported(init)
-    for node in (node for file in init.parent.glob("*.py") for node in _statements(file, base)):
-        if not isinstance(node, ast.ClassDef) or node.name not in exported:
-            continue
-        if any(ast.unparse(parent).endswith(base) for parent in node.bases):
+    for node in _derived(init.parent, base):
+        if node.name in exported:
             text = ast.get_docstring(node) or ""
             found[f"{package}.{node.name}"] = text.partition("\n")[0]
     return dict(sorted(found.items()))
@@ -108,6 +106,21 @@ def _table(rows: dict[str, str], indent: int) -> Iterator[str]:
     for name, text in rows.items():
         head = f"{' ' * indent}{name:<{42 - indent}}  "
         yield (head + shorten(text, WIDTH - len(head), placeholder="…")).rstrip()
+
+
+def _derived(folder: Path, base: str, whole: bool = False) -> Iterator[ast.ClassDef]:
+    """Classes of a folder with a base whose name ends like this, or is this as a whole.
+
+    Those derived from them follow in turn.
+    """
+    for file in folder.glob("*.py"):
+        for node in _statements(file, base):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            names = [ast.unparse(parent) for parent in node.bases]
+            if base in names or (not whole and any(name.endswith(base) for name in names)):
+                yield node
+                yield from _derived(folder, node.name, whole=True)
 
 
 def _statements(file: Path, word: str) -> list[ast.stmt]:

@@ -3,9 +3,13 @@
 from importlib import import_module
 from typing import Any
 
-_PLACES = {"Pretraining": "pretraining"}
+_PLACES = {
+    "Conversations": "conversations",
+    "Preferences": "preferences",
+    "Pretraining": "pretraining",
+}
 
-__all__ = ["Pretraining"]
+__all__ = ["Conversations", "Preferences", "Pretraining"]
 
 
 def __getattr__(name: str) -> Any:

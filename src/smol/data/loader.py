@@ -3,14 +3,15 @@
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smol.data.batch import TokenBatch, token_tensors
-from smol.data.curriculum import Curriculum
+from smol.data.curriculum import Curriculum, Samples
 from smol.data.stages import Segment
 from smol.data.streams import TokenStream
 from smol.errors import UserError
@@ -58,14 +59,52 @@ class Layout:
         return sequences // per_pass
 
 
+class Rows(Protocol):
+    """What a loader reads its rows from; it travels to worker processes."""
+
+    def read(self, samples: Samples, mine: slice) -> TokenBatch:
+        """Rows of an optimiser step.
+
+        Args:
+            samples: All rows of the step.
+            mine: Those that are wanted.
+
+        Returns:
+            The rows in this order, with ``step_tokens`` and ``exact`` of the whole step. Its place
+            in the run is not filled in.
+        """
+
+
+class Blocks:
+    """Blocks of token streams, in which every token is trained on.
+
+    Args:
+        streams: By the number of their source.
+        eos_id: The token that stands after each document.
+    """
+
+    def __init__(self, streams: list[TokenStream], eos_id: int):
+        self.streams, self.eos_id = streams, eos_id
+
+    def read(self, samples: Samples, mine: slice) -> TokenBatch:
+        segment, source = samples.segment, samples.source[mine]
+        places = zip(source, samples.chunk[mine], samples.start[mine], strict=True)
+        blocks = [
+            self.streams[source].read(chunk, start, segment.context + 1)
+            for source, chunk, start in places
+        ]
+        return TokenBatch(
+            **token_tensors(np.stack(blocks), self.eos_id),
+            sources=torch.from_numpy(source),
+            step_tokens=segment.global_batch,
+        )
+
+
 class _MicroBatches(Dataset):
     """Micro-batches of one rank by (position of the optimiser step, number of the micro-batch)."""
 
-    def __init__(
-        self, curriculum: Curriculum, streams: dict[str, TokenStream], eos_id: int, layout: Layout
-    ):
-        self.curriculum, self.eos_id, self.layout = curriculum, eos_id, layout
-        self.streams = [streams[name] for name in curriculum.names]
+    def __init__(self, curriculum: Curriculum, rows: Rows, layout: Layout):
+        self.curriculum, self.rows, self.layout = curriculum, rows, layout
 
     def __getitem__(self, key: tuple[int, int]) -> TokenBatch:
         position, micro = key
@@ -73,24 +112,12 @@ class _MicroBatches(Dataset):
         segment, layout = samples.segment, self.layout
         rows = layout.rows(segment)
         first = (micro * layout.ranks + layout.rank) * rows
-        mine = slice(first, first + rows)
-        blocks = np.stack(
-            [
-                self.streams[source].read(chunk, start, segment.context + 1)
-                for source, chunk, start in zip(
-                    samples.source[mine], samples.chunk[mine], samples.start[mine], strict=True
-                )
-            ]
-        )
-        next_position = position + segment.global_batch
-        return TokenBatch(
-            **token_tensors(blocks, self.eos_id),
-            sources=torch.from_numpy(samples.source[mine]),
+        return replace(
+            self.rows.read(samples, slice(first, first + rows)),
             position=position,
-            next_position=next_position,
+            next_position=position + segment.global_batch,
             micro=micro,
             accumulation=layout.accumulation(segment),
-            step_tokens=segment.global_batch,
             stage=segment.stage,
         )
 
@@ -133,10 +160,16 @@ class PositionLoader:
         num_workers: int = 0,
         prefetch: int = 4,
     ):
+        rows = Blocks([streams[name] for name in curriculum.names], eos_id)
+        self._begin(curriculum, rows, layout, num_workers, prefetch)
+
+    def _begin(
+        self, curriculum: Curriculum, rows: Rows, layout: Layout, num_workers: int, prefetch: int
+    ) -> None:
         self.curriculum, self.layout = curriculum, layout
         self.num_workers, self.prefetch = num_workers, prefetch
         self.position = 0
-        self._dataset = _MicroBatches(curriculum, streams, eos_id, layout)
+        self._dataset = _MicroBatches(curriculum, rows, layout)
         self._seeks = 0
         for segment in curriculum.segments:
             layout.accumulation(segment)
@@ -198,3 +231,25 @@ class PositionLoader:
 
     def _read(self) -> Iterator[TokenBatch]:
         yield from self.read(_FromPosition(self.curriculum, self.layout, self.position))
+
+
+class RowLoader(PositionLoader):
+    """A :class:`PositionLoader` over rows of any other kind than blocks of token streams.
+
+    Args:
+        curriculum: What comes at which position.
+        rows: Where it is read.
+        layout: This process's share of a global batch.
+        num_workers: Processes that read ahead; 0 reads in this one.
+        prefetch: Micro-batches that each worker reads ahead.
+    """
+
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        rows: Rows,
+        layout: Layout,
+        num_workers: int = 0,
+        prefetch: int = 4,
+    ):
+        self._begin(curriculum, rows, layout, num_workers, prefetch)

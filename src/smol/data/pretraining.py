@@ -4,16 +4,15 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from lightning import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from smol.data.card import Card
 from smol.data.curriculum import Curriculum, check_history
 from smol.data.held_out import HeldOut
-from smol.data.loader import Layout, PositionLoader
+from smol.data.loader import PositionLoader
+from smol.data.positioned import PositionedData
 from smol.data.spans import SourceOrder
-from smol.data.stages import Segment, StageConfig, check_positive, plan, skip, with_contexts
+from smol.data.stages import Segment, StageConfig, check_positive, plan, with_contexts
 from smol.data.streams import ChunkCache, TokenStream
 from smol.data.tokenizer import Tokenizer, load_tokenizer
 from smol.errors import UserError
@@ -22,7 +21,7 @@ from smol.paths import is_url, resolve
 EPOCHS_TO_WARN = 4  # repeating data more often than that is reported to stop paying
 
 
-class Pretraining(LightningDataModule):
+class Pretraining(PositionedData):
     """Packed token streams, mixed and staged.
 
     The global batch is given in tokens; sequences per pass and accumulation follow from it, from
@@ -104,8 +103,6 @@ class Pretraining(LightningDataModule):
         self.allow_changed_data = allow_changed_data
         self.cache = ChunkCache(cache_dir, int(cache_gigabytes * 1e9), storage_options)
         self.tokenizer: Tokenizer | None = None
-        self.loader: PositionLoader | None = None
-        self._history: tuple[Segment, ...] = ()
         self._streams: dict[str, TokenStream] = {}
 
     # -- set-up ----------------------------------------------------------------------------------
@@ -216,41 +213,10 @@ class Pretraining(LightningDataModule):
         check_history(history, curriculum)
         return curriculum
 
-    def train_dataloader(self) -> PositionLoader:
-        """The endless loader, at the position that was restored."""
-        curriculum = self.build_curriculum(self._history)
-        self.loader = PositionLoader(
-            curriculum, self._streams, self.tokenizer.eos_id, self._layout(), self.num_workers
+    def build_loader(self, curriculum: Curriculum) -> PositionLoader:
+        return PositionLoader(
+            curriculum, self._streams, self.tokenizer.eos_id, self.layout(), self.num_workers
         )
-        if self._history:
-            self.loader.seek(self._history[-1].stop)
-        self._announce(curriculum)
-        return self.loader
-
-    def consume(self, position: int) -> None:
-        """Called by the module when an optimiser step has ended."""
-        self.loader.consume(position)
-
-    def skip(self, start: int, stop: int) -> None:
-        """The optimiser steps on what was read from ``start`` to ``stop`` were dropped or undone.
-
-        The data counts as consumed; stages that begin at a later step begin as much later in the
-        data.
-        """
-        history = skip(self.loader.curriculum.history(self.loader.position), start, stop)
-        self.loader.replan(self.build_curriculum(history))
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of this process in the next optimiser step."""
-        return self.loader.accumulation
-
-    @property
-    def trained_context(self) -> int | None:
-        """Tokens per sequence of the last optimiser step that was taken."""
-        history = self.loader.curriculum.history(self.loader.position) if self.loader else ()
-        trained = [s.context for s in history if s.stop - s.start > s.skipped_tokens]
-        return trained[-1] if trained else None
 
     def ledger(self) -> dict[str, float]:
         """Tokens and epochs of each source so far, as metrics."""
@@ -260,13 +226,7 @@ class Pretraining(LightningDataModule):
             f"data/epochs/{name}": n for name, n in epochs.items()
         }
 
-    def _layout(self) -> Layout:
-        sharing = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
-        return Layout(
-            sharing.get("rank", 0), sharing.get("num_replicas", 1), self.micro_batch_tokens
-        )
-
-    def _announce(self, curriculum: Curriculum) -> None:
+    def announce(self, curriculum: Curriculum) -> None:
         """Say before the run what it will read, and what it will repeat."""
         steps = self.trainer.max_steps if self.trainer else -1
         if steps < 0:
@@ -314,52 +274,12 @@ class Pretraining(LightningDataModule):
                     f"tokens, a sequence {self.context_length}; prepare it with --held_out 0.1",
                     category=UserWarning,
                 )
-        return HeldOut(streams, self.tokenizer.eos_id, self.context_length, self._layout(), limit)
+        return HeldOut(streams, self.tokenizer.eos_id, self.context_length, self.layout(), limit)
 
-    # -- state -----------------------------------------------------------------------------------
-
-    def _order_settings(self) -> dict[str, int]:
+    def order_settings(self) -> dict[str, int]:
         return {
             "data.seed": self.seed,
             "data.shortest_context": self.shortest_context,
             "data.longest_context": self.longest_context,
             "data.chunk_window": self.chunk_window,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and the curriculum as consumed. JSON-compatible."""
-        if self.loader is None:
-            return {}
-        history = self.loader.curriculum.history(self.loader.position)
-        return {
-            "position": self.loader.position,
-            "order": self._order_settings(),
-            "segments": [segment.to_json() for segment in history],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; what only evaluates it may read anything.
-
-        Raises:
-            UserError: the order's settings or the content of a source that was read have changed.
-        """
-        training = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        if not (state_dict and training):
-            return
-        for key, value in self._order_settings().items():
-            if state_dict["order"][key] != value:
-                raise UserError(
-                    f"the checkpoint was made with {key}={state_dict['order'][key]}, the "
-                    f"configuration says {value}; it is fixed when a run begins: restore it, or "
-                    "begin a new run from the weights with init_from"
-                )
-        self._history = tuple(Segment.from_json(s) for s in state_dict["segments"])
-        digests = self.digests
-        for segment in self._history:
-            for name, digest in segment.digests.items():
-                if digests.get(name, digest) != digest and not self.allow_changed_data:
-                    raise UserError(
-                        f"source '{name}' has changed since stage '{segment.stage}' read it "
-                        f"(digest {digest[:12]}…, now {digests[name][:12]}…); restore it, or pass "
-                        "--data.allow_changed_data true"
-                    )
