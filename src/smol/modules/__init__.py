@@ -2,5 +2,6 @@
 
 from smol.modules.base import DecoderModule
 from smol.modules.language_modeling import LanguageModeling
+from smol.modules.preference import PreferenceOptimization
 
-__all__ = ["DecoderModule", "LanguageModeling"]
+__all__ = ["DecoderModule", "LanguageModeling", "PreferenceOptimization"]

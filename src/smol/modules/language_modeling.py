@@ -1,6 +1,5 @@
 """Next-token prediction."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 
 from smol.data.batch import IGNORE, TokenBatch
-from smol.errors import UserError
 from smol.evaluation.bits_per_byte import BitsPerByte
 from smol.losses import linear_cross_entropy
 from smol.modules.base import DecoderModule
+from smol.modules.vocabulary import check_vocabulary
 
 
 class LanguageModeling(DecoderModule):
@@ -47,13 +46,7 @@ class LanguageModeling(DecoderModule):
         data = self.trainer.datamodule
         if getattr(data, "tokenizer", None) is None:
             return
-        size, rows = data.tokenizer.vocab_size, self.decoder_config.vocab_size
-        if size > rows:
-            padded = math.ceil(size / 128) * 128
-            raise UserError(
-                f"the tokenizer {data.tokenizer_path} has {size} tokens, the model only {rows} "
-                f"rows; use --model.decoder.vocab_size {padded}"
-            )
+        check_vocabulary(data, self.decoder_config.vocab_size)
         self.bits_per_byte = BitsPerByte(data.source_names, data.tokenizer)
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor]:
