@@ -3,6 +3,8 @@
 from callbacks.checkpoint_rotation import CheckpointRotation
 from callbacks.context_length import ContextLengthSchedule
 from callbacks.eval_loss import EvalLoss
+from callbacks.evaluate_checkpoints import EvaluateCheckpoints
+from callbacks.evaluate_tasks import EvaluateTasks
 from callbacks.events import Events
 from callbacks.fault_injection import Fault, FaultInjection
 from callbacks.hardware import HardwareMonitor
@@ -20,6 +22,8 @@ __all__ = [
     "CheckpointRotation",
     "ContextLengthSchedule",
     "EvalLoss",
+    "EvaluateCheckpoints",
+    "EvaluateTasks",
     "Events",
     "Fault",
     "FaultInjection",

@@ -12,7 +12,7 @@ from smol.paths import project_root
 
 CONFIGS = project_root() / "configs"
 OVERLAYS = ("callbacks", "debug", "hardware", "logging", "losses", "model")
-NOT_TRAINING = ("data", "merges")  # read by src/prepare.py and src/merge.py; their tests parse them
+NOT_TRAINING = ("data", "merges", "tasks")  # of other scripts; their tests parse them
 
 
 def training_files() -> list[Path]:
@@ -27,13 +27,16 @@ def test_builds(file: Path, tmp_path: Path) -> None:
     words = ["--config", str(file)]
     parts = file.relative_to(CONFIGS).parts
     if parts[0] in OVERLAYS or file.name == "base.yaml":
-        words = ["--config", str(CONFIGS / "stage1.yaml"), *words]
+        below = "preference.yaml" if parts[0] == "losses" else "stage1.yaml"
+        words = ["--config", str(CONFIGS / below), *words]
     trainer = load_config(words[1::2])["trainer"]
     nodes, devices = trainer.get("num_nodes", 1), trainer["devices"]
     needed = 1 if devices == "auto" else nodes * devices
     if trainer["accelerator"] == "gpu" and torch.cuda.device_count() < needed:
         words += ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
         words += ["--trainer.num_nodes", "1"]
+        if trainer.get("strategy") == "fsdp":  # refused without a GPU
+            words += ["--trainer.strategy", "auto"]
     cli = main(["fit", *words, "--runs_dir", str(tmp_path)], run=False)
     assert list(unused(cli.source)) == []
     assert cli.model is not None

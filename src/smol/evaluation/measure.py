@@ -1,0 +1,117 @@
+"""Measuring a model on a task, kind by kind."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from smol.errors import UserError, nearest
+from smol.evaluation.chats import measure_chat
+from smol.evaluation.graders import GRADERS
+from smol.evaluation.intervals import Estimate, proportion, ratio
+from smol.evaluation.language_model import LanguageModel
+from smol.evaluation.likelihood import Score
+from smol.evaluation.tasks import Record, Task
+from smol.generation import Sampling
+
+Metrics = dict[str, Estimate]
+
+
+def measure(
+    task: Task, model: LanguageModel, limit: int | None = None, modes: Sequence[str] = ()
+) -> Metrics:
+    """Ask a model the questions of a task.
+
+    Args:
+        task: The task.
+        model: The model.
+        limit: At most so many records, where that is fewer than the task's own limit.
+        modes: ``think``, ``no_think`` or both, for a ``chat`` task, which by default tries both,
+            and for a ``generative`` one, which by default continues its prompt as plain text.
+
+    Returns:
+        Metrics by name. Of choices: ``accuracy``; ``accuracy_per_byte``, by log-likelihood over
+        the bytes of the choice; ``accuracy_centred``, ``(accuracy - chance) / (1 - chance)``, which
+        is 0 for a guess; ``bits_per_byte`` of the right choice, which moves before accuracies do.
+        Of written answers: ``accuracy``, see :mod:`smol.evaluation.chats` for those in chats.
+
+    Raises:
+        UserError: If the records cannot be read or do not fit the task, or the model does not.
+    """
+    if limit is not None:
+        task = replace(task, limit=min(limit, task.limit or limit))
+    if task.metric and task.metric not in GRADERS:
+        raise UserError(
+            f"task {task.name}: metric is '{task.metric}', expected one of {', '.join(GRADERS)}."
+            f"{nearest(task.metric, GRADERS)}"
+        )
+    records = task.records()
+    if task.kind == "chat" or (task.kind == "generative" and modes):
+        return measure_chat(task, model, records, modes or ("no_think", "think"))
+    if task.kind == "bits_per_byte":
+        scores = model.score_texts([task.question(record) for record in records])
+        return {"bits_per_byte": _bits_per_byte(scores)}
+    contexts = [
+        task.context(record, examples)
+        for record, examples in zip(records, task.examples(records), strict=True)
+    ]
+    if task.kind == "generative":
+        return _written(task, model, records, contexts)
+    if task.choices:
+        return _chosen(task, model, records, contexts)
+    answers = [task.delimiter + task.worked_answer(record) for record in records]
+    scores = model.score(list(zip(contexts, answers, strict=True)))
+    return {
+        "accuracy": proportion([score.greedy for score in scores]),
+        "bits_per_byte": _bits_per_byte(scores),
+    }
+
+
+def _chosen(
+    task: Task, model: LanguageModel, records: Sequence[Record], contexts: Sequence[str]
+) -> Metrics:
+    answers = [task.answers(record) for record in records]
+    pairs = [
+        (context, task.delimiter + option)
+        for context, (options, _) in zip(contexts, answers, strict=True)
+        for option in options
+    ]
+    scores = iter(model.score(pairs))
+    hits, hits_per_byte, rights, chances = [], [], [], []
+    for options, right in answers:
+        several = [next(scores) for _ in options]
+        hits.append(_best([s.log_prob for s in several]) == right)
+        hits_per_byte.append(_best([s.log_prob / max(1, s.bytes) for s in several]) == right)
+        rights.append(several[right])
+        chances.append(1 / len(options))
+    chance = sum(chances) / len(chances)
+    metrics = {"accuracy": proportion(hits)}
+    if task.kind == "cloze":  # letters are all of one length
+        metrics["accuracy_per_byte"] = proportion(hits_per_byte)
+    metrics["accuracy_centred"] = metrics["accuracy"].scaled(chance, 1 / (1 - chance))
+    metrics["bits_per_byte"] = _bits_per_byte(rights)
+    return metrics
+
+
+def _written(
+    task: Task, model: LanguageModel, records: Sequence[Record], contexts: Sequence[str]
+) -> Metrics:
+    prompts = [[*model.begin, *model.tokenizer.encode(context)] for context in contexts]
+    sampling = Sampling(temperature=0.0, max_new_tokens=task.max_new_tokens, stop=task.stop)
+    grade = GRADERS[task.metric]
+    completions = model.generate(prompts, sampling)
+    return {
+        "accuracy": proportion(
+            [
+                grade(completion.text, task.evaluate("answer", record))
+                for completion, record in zip(completions, records, strict=True)
+            ]
+        )
+    }
+
+
+def _best(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _bits_per_byte(scores: Sequence[Score]) -> Estimate:
+    return ratio([-s.log_prob / math.log(2) for s in scores], [s.bytes for s in scores])

@@ -1,0 +1,1 @@
+"""Models at work: loaded from a path, and behind an interface over HTTP."""
