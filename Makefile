@@ -1,5 +1,6 @@
 # make train         from a bare machine to a small pretrained model
 # make pretraining   all its stages in a row, long context included
+# make assistant     the first three of them, then mid-training, SFT and preference optimisation
 # make test          the whole suite
 # make drills        drills in full, which the suite holds samples of
 # make lint          style
@@ -11,7 +12,7 @@ TORCH   = torch==2.13.0
 DRILLED = tests/faults tests/launch $(addprefix tests/checkpoints/test_,crash_points.py mirror.py credentials.py)
 CPU     = https://download.pytorch.org/whl/cpu
 
-.PHONY: train pretraining test drills lint install install-dev clean
+.PHONY: train pretraining assistant test drills lint install install-dev clean
 
 train: install
 	$(BIN)/python src/train.py fit --config configs/stage1.yaml
@@ -19,6 +20,11 @@ train: install
 pretraining: install
 	for stage in stage1 stage2 stage3 long_context_32k long_context_64k; do \
 		$(BIN)/python src/train.py fit --config configs/$$stage.yaml || exit 1; \
+	done
+
+assistant: install
+	for phase in stage1 stage2 stage3 mid_training sft preference; do \
+		$(BIN)/python src/train.py fit --config configs/$$phase.yaml || exit 1; \
 	done
 
 drills: install-dev

@@ -31,10 +31,10 @@ class CheckpointRotation(Callback):
     when a file ``save`` appears in the run folder; on SIGTERM, after which the run ends with exit
     status 143; and at the end of training, which waits for the upload. Steps do not wait for it.
 
-    A save that fails, as on a full disk, is an event, and the run goes on, except at its end. One
-    with values that are not finite is not kept, and a second one ends the run; an unreachable store
-    never does. What is pinned, was resumed from or is on its way is not deleted. Of two processes
-    that write to the same run the older one stops saving, with an event, and trains on.
+    A save that fails, as on a full disk, is an event, and the run goes on, except at its end; it is
+    tried again if it was asked for or ended a stage. One with values that are not finite is not
+    kept; a second one ends the run, an unreachable store never. What is pinned, was resumed from or
+    is on its way stays. Of two processes that write to a run the older one stops, with an event.
 
     Events: ``saved``, ``save_failed``, ``delete_failed``, ``uploaded``, ``upload_failed``,
     ``dropped``, ``fenced``, ``terminated``. With a store, ``checkpoint/seconds_stalled`` (by the
@@ -91,7 +91,7 @@ class CheckpointRotation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = Path(trainer.default_root_dir)
-        self._saved, self._stage, self._seconds = place_of(trainer), None, 0.0
+        self._saved, self._stage, self._ended, self._seconds = place_of(trainer), None, False, 0.0
         self._requests = SaveRequests(run, self.minutes)
         self._requests.listen()
         if trainer.is_global_zero:
@@ -101,7 +101,7 @@ class CheckpointRotation(Callback):
                 self.retention,
                 self.spare,
                 None if self.disk_gigabytes is None else int(self.disk_gigabytes * 1e9),
-                {Path(trainer.ckpt_path).name} if trainer.ckpt_path else (),
+                trainer.ckpt_path,
             )
             self._rotation.begin()
 
@@ -114,14 +114,16 @@ class CheckpointRotation(Callback):
             self._tell(trainer)
         stage = getattr(batch, "stage", None)
         ended, self._stage = self._stage not in (None, stage), stage
+        self._ended |= ended  # until it is saved
         wanted, terminated = self._requests.take(trainer)
         place = place_of(trainer)
         due = self.every and trainer.global_step % self.every == 0
         # After a rollback at once: a restart would take the way that was left.
         if due or wanted or ended or place[0] != self._saved[0]:
             if place != self._saved:
-                self._save(trainer, pinned=ended)
-            self._requests.fulfil()
+                self._save(trainer, pinned=self._ended)
+            self._ended &= place != self._saved
+            self._requests.answer(place == self._saved, again=wanted or ended)
         if terminated:
             self._finish(trainer)
             record(trainer, "terminated", f"SIGTERM: the run ends with status {TERMINATED}")

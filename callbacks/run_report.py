@@ -9,13 +9,15 @@ from callbacks.eval_loss import EvalLoss
 from callbacks.sample_text import SampleText
 from smol.experiments.plots import plot_training
 
-PREFIX = "held_out/bits_per_byte/"
+BITS = "held_out/bits_per_byte/"
+REWARDS = ("held_out/rewards/accuracies", "held_out/rewards/margins")
 
 
 class RunReport(Callback):
     """Prints bits per byte per source, the plots' files, a paragraph and the command to type next.
 
-    With :class:`~callbacks.eval_loss.EvalLoss` it also says what the run has gained per source.
+    Of a preference run it prints how often held-out rewards are in the right order, and by which
+    margin. With :class:`~callbacks.eval_loss.EvalLoss` it also says what the run has gained.
 
     .. code-block:: yaml
 
@@ -40,7 +42,9 @@ class RunReport(Callback):
         print(f"\n{folder.name}: {trainer.global_step:,} steps")
         evaluation = next((c for c in trainer.callbacks if isinstance(c, EvalLoss)), EvalLoss())
         before = evaluation.before["metrics"] if evaluation.before else {}
-        _print_bits_per_byte(_bits_per_byte(before), _bits_per_byte(trainer.callback_metrics))
+        after = trainer.callback_metrics
+        _print_table("held-out bits per byte", _below(BITS, before), _below(BITS, after), -1)
+        _print_table("held-out rewards", _below(REWARDS, before), _below(REWARDS, after), 1)
         for callback in trainer.callbacks:
             if isinstance(callback, SampleText) and callback.text:
                 print("the model writes")
@@ -56,22 +60,26 @@ class RunReport(Callback):
             print(f"next        {self.next_command}")
 
 
-def _bits_per_byte(metrics: dict) -> dict[str, float]:
-    """Per source."""
-    return {k.removeprefix(PREFIX): float(v) for k, v in metrics.items() if k.startswith(PREFIX)}
+def _below(prefix: str | tuple[str, ...], metrics: dict) -> dict[str, float]:
+    """The metrics whose names begin so, by the last part of their names."""
+    return {k.split("/", 2)[2]: float(v) for k, v in metrics.items() if k.startswith(prefix)}
 
 
-def _print_bits_per_byte(before: dict[str, float], after: dict[str, float]) -> None:
+def _print_table(
+    title: str, before: dict[str, float], after: dict[str, float], better: int
+) -> None:
+    """Print values by name; ``better`` is 1 if larger ones are, else -1."""
     if not after:
         return
     if not before:
-        print("held-out bits per byte")
+        print(title)
         for name, value in sorted(after.items()):
             print(f"  {name:<24} {value:.3f}")
         return
-    print(f"{'held-out bits per byte':<26}{'before':>7}{'after':>8}{'gained':>10}")
+    print(f"{title:<26}{'before':>7}{'after':>8}{'gained':>10}")
     for name, value in sorted(after.items()):
         if name in before:
-            print(f"  {name:<24}{before[name]:>7.3f}{value:>8.3f}{before[name] - value:>10.3f}")
+            gained = better * (value - before[name])
+            print(f"  {name:<24}{before[name]:>7.3f}{value:>8.3f}{gained:>10.3f}")
         else:
             print(f"  {name:<24}{'-':>7}{value:>8.3f}{'-':>10}")

@@ -5,7 +5,7 @@ a line in ``<run>/supervise.jsonl``. Waiting doubles from crash to crash and beg
 progress, which is a newer checkpoint or a later log row than any before. After so many crashes in a
 row without progress the run stops with a report (exit status 3), instead of burning hours on the
 same data. A command that ends by itself (0), with a mistake of the user's (2), or because somebody
-asked for it (SIGTERM and SIGINT are passed on) is not started again.
+asked for it (143; SIGTERM and SIGINT are passed on) is not started again.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from smol.errors import UserError
 from smol.restarts import (
     CRASHES,
     SUPERVISED,
+    TERMINATED,
     Attempts,
     check_goes_on,
     progress,
@@ -91,7 +92,7 @@ class Supervisor:
             began = time.monotonic()
             status, errors = self._once()
             self._note(status, time.monotonic() - began)
-            if status in (ENDED, MISTAKE) or self._stopping:
+            if status in (ENDED, MISTAKE, TERMINATED) or self._stopping:
                 return status if status >= 0 else 128 - status
             attempts = Attempts.count(self.folder, launcher)
             if attempts.crashes >= self.crashes:

@@ -7,9 +7,12 @@ python src/chat.py RUN|FOLDER --prompt TEXT [--json [--log_probs]]
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 from smol.errors import UserError
+from smol.generation.sampling import Sampling
+from smol.serving.flags import add_model_flags
 
 DIM, PLAIN = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
 
@@ -20,6 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.json and args.prompt is None:
             raise UserError("--json answers one question; expected --prompt TEXT with it.")
+        if args.log_probs and not args.json:
+            raise UserError("--log_probs is printed as JSON only; expected --json with it.")
+        if args.show_reasoning and args.json:
+            raise UserError("--json shows the reasoning anyway; leave --show_reasoning out.")
         conversation = _conversation(args)
         if args.prompt is None:
             _talk(conversation, args.show_reasoning)
@@ -35,36 +42,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from smol.generation.sampling import Sampling
-    from smol.serving.loading import DTYPES
-
     parser = argparse.ArgumentParser(description="Talk to a model; /help lists what to type.")
-    parser.add_argument("model", help="run, checkpoint, or Hugging Face folder")
-    parser.add_argument("--tokenizer", help="folder of the tokenizer; a run knows its own")
+    add_model_flags(parser)
     parser.add_argument("--mode", choices=["think", "no_think"], help="reason first, or not")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--show_reasoning", action="store_true", help="print the reasoning too")
     parser.add_argument("--prompt", help="answer this and end")
     parser.add_argument("--json", action="store_true", help="with --prompt: print one JSON object")
     parser.add_argument("--log_probs", action="store_true", help="with --json: of each token")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
-    parser.add_argument("--max_length", type=int, help="tokens of the conversation at most")
     defaults = Sampling(top_p=0.95)
     for name, hint in get_type_hints(Sampling).items():
         default = getattr(defaults, name)
         kind = next((t for t in (*get_args(hint), hint) if t in (int, float, str)), str)
         many = {"nargs": "+"} if isinstance(default, tuple) else {}
+        if name == "max_new_tokens":  # reasoning takes what it takes
+            default, many = None, {"help": "of an answer at most (default: all there is room for)"}
         parser.add_argument(f"--{name}", type=kind, default=default, **many)
     return parser
 
 
 def _conversation(args: argparse.Namespace):
-    from smol.generation import Sampling
     from smol.generation.chat import Conversation
     from smol.serving.loading import load_generator
 
-    sampling = Sampling(**{name: getattr(args, name) for name in get_type_hints(Sampling)})
+    given = {name: getattr(args, name) for name in get_type_hints(Sampling)}
+    rest = given["max_new_tokens"] is None
+    sampling = Sampling(**given | ({"max_new_tokens": 1} if rest else {}))
     generator, model = load_generator(args.model, args.tokenizer, args.max_length, args.dtype)
+    if rest:
+        sampling = replace(sampling, max_new_tokens=generator.max_length)
     return Conversation(
         generator, model.tokenizer, model.template, sampling, model.begin, args.system, args.mode
     )
@@ -107,21 +113,27 @@ def _show(conversation, question: str, show_reasoning: bool) -> None:
     """Print an answer while it is written; Ctrl-C ends the answer, not the conversation."""
     from smol.generation.chat import split_reasoning
 
-    written, shown, thinking = "", 0, False
+    written, thought, answered = "", 0, 0
+
+    def show(finished: bool) -> None:
+        nonlocal thought, answered
+        reasoning, answer = split_reasoning(written, finished)
+        if show_reasoning and reasoning and len(reasoning) > thought:
+            print(f"{DIM}{reasoning[thought:]}{PLAIN}", end="")
+            thought = len(reasoning)
+        if len(answer) > answered:
+            print("\n\n" if thought and not answered else "", answer[answered:], sep="", end="")
+            answered = len(answer)
+        sys.stdout.flush()
+
     pieces = conversation.ask(question)
     try:
         for piece in pieces:
             written += piece
-            reasoning, answer = split_reasoning(written)
-            if show_reasoning and reasoning and not answer:
-                print(f"{DIM}{piece}{PLAIN}" if thinking else f"{DIM}{reasoning}", end="")
-                thinking = True
-            elif answer:
-                print("\n\n" if thinking else "", answer[shown:], sep="", end="")
-                shown, thinking = len(answer), False
-            sys.stdout.flush()
+            show(finished=False)
     except KeyboardInterrupt:
         pieces.close()
+    show(finished=True)
     reply = conversation.reply
     if reply.completion.tokens:
         count, reason = len(reply.completion.tokens), reply.completion.finish_reason

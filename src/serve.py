@@ -7,29 +7,29 @@ import argparse
 import sys
 
 from smol.errors import UserError
+from smol.serving.flags import add_model_flags
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    from smol.serving.loading import DTYPES, load_generator
-
     parser = argparse.ArgumentParser(description="Serve a model on 127.0.0.1 as OpenAI does.")
-    parser.add_argument("model", help="run, checkpoint, or Hugging Face folder")
-    parser.add_argument("--tokenizer", help="folder of the tokenizer; a run knows its own")
+    add_model_flags(parser)
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
-    parser.add_argument("--max_length", type=int, help="tokens of prompt and text at most")
     args = parser.parse_args(arguments)
     try:
+        if not 0 <= args.port <= 65535:
+            raise UserError(f"port is {args.port}, expected 0 to 65535.")
         try:
             from aiohttp import web
 
+            from smol.serving.loading import load_generator
             from smol.serving.server import Server
         except ModuleNotFoundError:
             raise UserError("serving needs aiohttp; type pip install aiohttp") from None
         server = Server(*load_generator(args.model, args.tokenizer, args.max_length, args.dtype))
         try:
-            web.run_app(server.app, host="127.0.0.1", port=args.port)
+            # A client that has gone ends its request, which makes room for the next one.
+            web.run_app(server.app, host="127.0.0.1", port=args.port, handler_cancellation=True)
         except OSError as error:
             raise UserError(f"cannot listen on port {args.port}: {error.strerror}") from None
     except UserError as error:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from smol.checkpoints.format import write_checkpoint
+from smol.checkpoints.replicas import RemoteRuns
 from smol.checkpoints.store import FsspecStore
-from smol.errors import UserError
+from smol.errors import TemporaryError, UserError
 from smol.runs import find_start
 
 
@@ -99,3 +100,27 @@ def test_what_does_not_train_needs_something_to_start_from(tmp_path):
         find_start(tmp_path / "stage1", training=False)
     with pytest.raises(UserError, match="is not there"):
         find_start(tmp_path / "stage1", tmp_path / "nowhere")
+
+
+class Away:
+    """A store that is not there, from the call of ``method`` on."""
+
+    def __init__(self, root, method):
+        store = FsspecStore(root)
+        self.root, self.is_local, self.verify = store.root, True, store.verify
+        self.list, self.marked, self.load_path = store.list, store.marked, store.load_path
+        setattr(self, method, self.refuse)
+
+    def refuse(self, *_):
+        raise ConnectionError("no route to host")
+
+
+@pytest.mark.parametrize("method", ["list", "verify"])
+def test_a_store_that_is_away_may_come_back(tmp_path, monkeypatch, method):
+    save(tmp_path / "safe/stage1", 100)
+    store = Away(tmp_path / "safe/stage1/checkpoints", method)
+    monkeypatch.setattr(RemoteRuns, "of", lambda *_: store)
+    monkeypatch.setattr("smol.checkpoints.replicas.time.sleep", lambda _: None)
+    with pytest.raises(TemporaryError, match="cannot be read: ConnectionError: no route") as error:
+        find_start(tmp_path / "stage1", remote=RemoteRuns("s3://bucket"))
+    assert "\n" not in str(error.value)

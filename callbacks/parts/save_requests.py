@@ -13,6 +13,7 @@ from callbacks.parts.collectives import reduce_processes
 
 FILE = "save"
 LOOK_SECONDS = 1.0  # between two looks for it, which cost time
+RETRY_SECONDS = 60.0  # after a save that failed, as on a full disk
 
 
 class SaveRequests:
@@ -20,7 +21,8 @@ class SaveRequests:
 
     SIGUSR1 and a file ``save`` in the run folder ask for a checkpoint, SIGTERM for one and the end.
     In one process a wish is heard after the current step; several processes agree at every
-    ``log_every_n_steps``-th step only, because it costs them an all-reduce.
+    ``log_every_n_steps``-th step only, because it costs them an all-reduce. A wish lasts until it
+    is fulfilled.
 
     Args:
         folder: The run folder.
@@ -29,7 +31,8 @@ class SaveRequests:
 
     def __init__(self, folder: Path, minutes: float | None = None):
         self.file, self.minutes = folder / FILE, minutes
-        self._save = self._end = False
+        self._save = self._end = self._open = False
+        self._later = 0.0  # time before which nothing is tried again
         self._before: dict[int, Any] = {}
         self._checked = self._saved = time.monotonic()
 
@@ -49,17 +52,24 @@ class SaveRequests:
         """Whether to save now, and whether to end the run; the same on all processes."""
         if trainer.world_size > 1 and trainer.global_step % trainer.log_every_n_steps:
             return False, False
-        save = self._save or self._end or (trainer.is_global_zero and self._is_due())
-        end, self._save = self._end, False
+        self._open, self._save = self._open or self._save, False
+        save, end = self._open or (trainer.is_global_zero and self._is_due()), self._end
+        save = end or (save and time.monotonic() >= self._later)
         if trainer.world_size > 1:
             wishes = torch.tensor([save, end], device=trainer.strategy.root_device).float()
             save, end = (reduce_processes(trainer, wishes, "sum") > 0).tolist()
         return save, end
 
-    def fulfil(self) -> None:
-        """A checkpoint was taken."""
-        self._saved = time.monotonic()
-        self.file.unlink(missing_ok=True)
+    def answer(self, saved: bool, again: bool) -> None:
+        """Say whether a checkpoint was taken; if not, whether to wish for it again, a little later.
+
+        All processes call it.
+        """
+        if saved:
+            self._open, self._saved = False, time.monotonic()
+            self.file.unlink(missing_ok=True)
+        elif again:
+            self._open, self._later = True, time.monotonic() + RETRY_SECONDS
 
     def _is_due(self) -> bool:
         now = time.monotonic()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from smol.config import parse_yaml
-from smol.errors import UserError, nearest
+from smol.errors import TemporaryError, UserError, nearest
 
 if TYPE_CHECKING:
     from smol.lightning_cli import SmolCLI
@@ -50,9 +50,11 @@ options:
   --KEY.help [CLASS]        after a command: the keys of a class, as --model.help LanguageModeling,
                               or of the one that --config sets; else the classes to choose from
 
-A mistake is one line and exit status 2; SMOL_TRACEBACK=1 shows where it was raised.
+A mistake is one line and exit status 2; SMOL_TRACEBACK=1 shows where it was raised. What may pass
+by itself, as a store that is away, is one line and exit status 75, and launchers try it again.
 
 """
+MISTAKE, TEMPORARY = 2, os.EX_TEMPFAIL
 PATIENCE_SECONDS = 5.0  # that another rank gives the first one to end
 
 
@@ -130,8 +132,8 @@ def main(args: list[str] | None = None, run: bool = True) -> "SmolCLI":
         The command line object with ``model``, ``datamodule``, ``trainer`` and ``run_folder``.
 
     Raises:
-        SystemExit: With status 2 after a mistake of the user's, 0 after help or ``--print_config``,
-            130 after Ctrl-C.
+        SystemExit: With status 2 after a mistake of the user's, 75 after what may pass by itself, 0
+            after help or ``--print_config``, 130 after Ctrl-C.
     """
     line, parent = None, os.getppid()
     try:
@@ -152,10 +154,12 @@ def main(args: list[str] | None = None, run: bool = True) -> "SmolCLI":
             print(f"error: {message}", file=sys.stderr)
         elif (line is not None and line.started) or not _ends(parent):
             print(f"error: rank {rank()}: {message}", file=sys.stderr)
+        if isinstance(error, TemporaryError):
+            raise SystemExit(TEMPORARY) from None
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == parent:
             # A mistake is one at the next start, too, and torchrun knows no status that tells it.
             os.kill(parent, signal.SIGTERM)
-        raise SystemExit(2) from None
+        raise SystemExit(MISTAKE) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

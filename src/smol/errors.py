@@ -15,6 +15,14 @@ class UserError(ValueError):
     """
 
 
+class TemporaryError(UserError):
+    """Something that may pass by itself, such as a store that is away, told in one line.
+
+    The command line exits with status 75 (EX_TEMPFAIL of sysexits.h), after which launchers start
+    the command again.
+    """
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """Return `` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string.
 

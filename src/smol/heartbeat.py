@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from smol.restarts import HEARTBEAT, SUPERVISED, launcher
+from smol.restarts import HEARTBEAT, SUPERVISED, TERMINATED, launcher
 
 
 def is_launched() -> bool:
@@ -22,7 +22,8 @@ class Heartbeat(Callback):
     ``heartbeat.json`` has ``time``, ``step`` (completed optimiser steps), ``position`` (tokens read
     before), ``stage``, ``context``, ``global_batch`` and ``sources`` (weight by name). The first
     process writes; nothing is flushed to the disk, because a process that dies loses nothing that
-    it wrote. Data without a curriculum has no heartbeat.
+    it wrote. Data without a curriculum has no heartbeat. Of a run that ended as SIGTERM asks it to,
+    there is ``terminated`` instead.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,6 +53,13 @@ class Heartbeat(Callback):
         line = json.dumps(beat).encode()
         os.pwrite(self.file.fileno(), line, 0)
         os.ftruncate(self.file.fileno(), len(line))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.is_global_zero and getattr(exception, "code", None) == TERMINATED:
+            path = Path(trainer.default_root_dir, HEARTBEAT)
+            path.write_text(json.dumps({"terminated": True}), encoding="utf-8")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if getattr(self, "file", None) is not None:

@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from smol.errors import UserError
 
 CRASHES = 3  # in a row without progress, after which a run is not started again
 ATTEMPTS, HEARTBEAT, REPORT = "attempts.json", "heartbeat.json", "crash_report.txt"
 SUPERVISED = "SMOL_SUPERVISED"  # set by launch/supervise.py, which counts by itself
+TERMINATED = 143  # the exit status after SIGTERM and a checkpoint, as a shell reports it
 LAST_EVENTS = 20  # in the report
 
 
@@ -25,14 +27,19 @@ def launcher() -> str | None:
     """What starts this command again when it dies, the same at each of its starts.
 
     Returns:
-        A name; None where a person has started it, or the supervisor, which counts by itself.
+        A name; None where a person has started it, also by a torchrun that starts nothing again,
+        or the supervisor, which counts by itself.
     """
-    if SUPERVISED in os.environ:
+    if SUPERVISED in os.environ or not _torchrun_restarts():
         return None
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name == "none":  # as all are named that have no rendezvous of several machines
         name = f"process {os.getppid()}"
     return None if name is None else f"torchrun {name}"
+
+
+def _torchrun_restarts() -> bool:
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def progress(run_folder: Path) -> tuple[int, int, int]:
@@ -61,27 +68,40 @@ class Attempts:
 
     launcher: str
     best: tuple[int, ...]
-    crashes: int = -1
+    crashes: int = 0
     deaths: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def count(cls, run_folder: Path, launcher: str) -> "Attempts":
-        """Count the start that is about to happen; call it once before each."""
+        """Count the start that is about to happen; call it once before each.
+
+        A start that has ended as it was asked to is no crash, however far it has come.
+        """
         reached, death = progress(run_folder), _read(run_folder / HEARTBEAT)
-        known = _read(run_folder / ATTEMPTS)
-        attempts = cls(**known) if known.get("launcher") == launcher else cls(launcher, reached)
-        if reached > tuple(attempts.best):
-            attempts.best, attempts.crashes, attempts.deaths = reached, 0, []
-        else:
+        attempts = cls._known(_read(run_folder / ATTEMPTS), launcher)
+        if attempts is None or reached > attempts.best:
+            attempts = cls(launcher, reached)
+        elif not death.get("terminated"):
             attempts.crashes += 1
-        if attempts.crashes > 0:
             attempts.deaths = [*attempts.deaths, death][-CRASHES:]
         run_folder.mkdir(parents=True, exist_ok=True)
         (run_folder / HEARTBEAT).unlink(missing_ok=True)
-        written = run_folder / f".{ATTEMPTS}"
+        written = run_folder / f".{ATTEMPTS}.{uuid4().hex}"  # two launches may write at once
         written.write_text(json.dumps(asdict(attempts)), encoding="utf-8")
         os.replace(written, run_folder / ATTEMPTS)
         return attempts
+
+    @classmethod
+    def _known(cls, found: dict[str, Any], launcher: str) -> "Attempts | None":
+        """What is in the file; None if it is of another launcher, or of another version."""
+        if found.get("launcher") != launcher:
+            return None
+        try:
+            best = tuple(int(number) for number in found["best"])
+            deaths = [death for death in found["deaths"] if isinstance(death, dict)]
+            return cls(launcher, best, int(found["crashes"]), deaths)
+        except (KeyError, TypeError, ValueError):
+            return None
 
 
 def refuse_crash_loop(run_folder: Path, ckpt_path: str | None) -> None:
@@ -95,7 +115,7 @@ def refuse_crash_loop(run_folder: Path, ckpt_path: str | None) -> None:
         UserError: Too many have, and there is a report; or another start could not go on.
     """
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if shares_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if shares_store and _torchrun_restarts():
         # github.com/pytorch/pytorch/issues/135712: the next processes find the addresses of dead
         # ones in the store that they share with torchrun, and never meet.
         raise UserError(

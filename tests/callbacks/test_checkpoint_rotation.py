@@ -19,6 +19,7 @@ from callbacks.events import Events
 from callbacks.fault_injection import Fault, FaultInjection
 from smol.checkpoints.replicas import RemoteRuns
 from smol.checkpoints.retention import is_pinned
+from smol.checkpoints.rotation import Rotation
 from smol.checkpoints.store import FsspecStore
 from smol.errors import UserError
 from smol.experiments import CSVLogger
@@ -155,6 +156,38 @@ def test_a_signal_and_a_file_ask_for_a_checkpoint(sources, tmp_path, monkeypatch
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def test_what_was_asked_for_is_not_forgotten_when_it_fails(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr("callbacks.parts.save_requests.LOOK_SECONDS", 0)
+    monkeypatch.setattr("callbacks.parts.save_requests.RETRY_SECONDS", 0)
+    real, fails, seen = Rotation.save, {3, 4, 7, 8}, []
+
+    def save(self, step, *args):
+        seen.append((step, (tmp_path / "save").exists()))
+        if step in fails:
+            raise OSError(28, "No space left on device")
+        return real(self, step, *args)
+
+    monkeypatch.setattr(Rotation, "save", save)
+    ask = At(2, lambda: os.kill(os.getpid(), signal.SIGUSR1)), At(6, (tmp_path / "save").touch)
+    train(tmp_path, sources, 11, *ask, checkpoint=CheckpointRotation(every=0, keep=9))
+    assert steps_kept(tmp_path) == [5, 9, 11]
+    assert seen == [(s, s in (7, 8, 9)) for s in (3, 4, 5, 7, 8, 9, 11)]
+
+
+def test_after_a_failure_some_time_passes(sources, tmp_path, monkeypatch):
+    steps = []
+
+    def save(self, step, *args):
+        steps.append(step)
+        if step < 9:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Rotation, "save", save)
+    ask = At(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    train(tmp_path, sources, 9, ask, checkpoint=CheckpointRotation(every=0, minutes=1e-9))
+    assert steps == [1, 9]
+
+
 def test_minutes_between_checkpoints(sources, tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 20))  # each look at it takes 20 seconds
     monkeypatch.setattr("callbacks.parts.save_requests.time.monotonic", lambda: next(clock))
@@ -174,6 +207,19 @@ def test_the_end_of_a_stage_is_saved_and_pinned(sources, tmp_path):
     store = FsspecStore(tmp_path / "checkpoints")
     assert steps_kept(tmp_path) == [4, 9, 12]
     assert [is_pinned(store, info.key) for info in store.list()] == [True, False, False]
+
+
+def test_the_end_of_a_stage_that_cannot_be_saved_is_pinned_later(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr("callbacks.parts.save_requests.RETRY_SECONDS", 0)
+    stages = make_stages(
+        sources, one={"start_step": 0, "cats": 1.0}, two={"start_step": 4, "dogs": 1.0}
+    )
+    fault, rotation = FaultInjection([Fault("full_disk", 4)]), CheckpointRotation(every=0, keep=9)
+    trainer = make_trainer(tmp_path, 9, callbacks=[fault, rotation])
+    trainer.fit(make_module(), make_data(sources, stages, micro_batch_tokens=128))
+    store = FsspecStore(tmp_path / "checkpoints")
+    kept = [(info.manifest.step, is_pinned(store, info.key)) for info in store.list()]
+    assert kept == [(5, True), (9, False)]
 
 
 SCRIPT = """

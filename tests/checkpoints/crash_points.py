@@ -109,8 +109,8 @@ def train(folder, say, rounds=(3, 2)):
         local, remote, replicas = stores(folder)
         found = replicas.newest()
         step = found[0].manifest.step if found else 0
-        protected = {found[0].key} if found else ()
-        rotation = Rotation(local, remote, Retention(keep=2), protected=protected)
+        resumed = found[1] if found else None
+        rotation = Rotation(local, remote, Retention(keep=2), resumed=resumed)
         rotation.fence.claim()
         for _ in range(saves):
             step += 1

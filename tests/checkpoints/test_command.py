@@ -77,6 +77,20 @@ def test_verify_says_which_copy_is_damaged(run, capsys, tmp_path):
     assert (status, len(found)) == (0, 1)
 
 
+def test_verify_sees_damaged_manifests(run, capsys, tmp_path):
+    keys = [path.name for path in sorted((run / "checkpoints").iterdir())]
+    for key in keys:
+        (run / "checkpoints" / key / "manifest.json").write_text("{}")
+    status, found = rows(capsys, "verify", run)
+    assert (status, [row["key"] for row in found]) == (1, keys)
+    assert all("manifest.json is damaged" in row["local"] for row in found)
+    assert rows(capsys, "verify", run, keys[1]) == (1, found[1:2])
+    status, found = rows(capsys, "verify", run, "5", "--store", tmp_path / "safe")
+    assert status == 1
+    assert "manifest.json is damaged" in found[0]["local"]
+    assert found[0]["store"] == "whole"
+
+
 def test_pins_and_prune(run, capsys, tmp_path):
     both = (run, "--store", tmp_path / "safe")
     remote = RemoteRuns(str(tmp_path / "safe")).of("tiny")
@@ -92,6 +106,12 @@ def test_pins_and_prune(run, capsys, tmp_path):
     rows(capsys, "unpin", *both, "1")
     rows(capsys, "prune", *both)
     assert [info.manifest.step for info in remote.list()] == [4, 5]
+    rows(capsys, "pin", run, "5")  # locally alone
+    save(FsspecStore(run / "checkpoints"), 6)
+    save(remote, 6)
+    save(remote, 7)
+    rows(capsys, "prune", *both)
+    assert [info.manifest.step for info in remote.list()] == [4, 5, 6, 7]
     assert call(capsys, "prune", *both)[1] == "nothing\n"
 
 
@@ -112,7 +132,10 @@ def test_restore(run, capsys, tmp_path):
     run.mkdir()
     status, out, err = call(capsys, "restore", run, "--store", tmp_path / "safe")
     assert status == 0, err
-    assert "step-00000005" in out
+    (info,) = FsspecStore(run / "checkpoints").list()
+    assert info.manifest.step == 5
+    assert info.location in out
+    FsspecStore(run / "checkpoints").verify(info)
 
 
 @pytest.mark.parametrize(

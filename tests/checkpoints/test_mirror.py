@@ -293,12 +293,13 @@ def test_local_copies_that_wait_keep_to_a_budget(rotate, local, proxy):
     proxy.fault = lambda request: 503
     rotation = rotate(retention=Retention(2, keep_every=1), waiting_bytes=9000)
     for step in range(1, 7):
-        save(rotation, step)
-    assert steps(local) == [3, 4, 5, 6]  # of 2,200 bytes each
+        save(rotation, step, pinned=step == 2)
+    assert steps(local) == [2, 4, 5, 6]  # of 2,200 bytes each
     assert kinds(rotation).count("dropped") == 2
     rotation.mirror.waiting_bytes = 1
     save(rotation, 7)
     assert steps(local)[-2:] == [6, 7]  # two, as long as nothing is safe
+    assert 2 in steps(local)
     proxy.fault = lambda request: None
     rotation.mirror.wake()
     assert rotation.mirror.flush(PATIENT)
@@ -336,7 +337,7 @@ def test_what_was_resumed_from_stays(rotate, runs, local):
     first = rotate()
     resumed = save(first, 1)
     first.finish(PATIENT)
-    second = rotate(protected={resumed.key})
+    second = rotate(resumed=Path(local.root, resumed.key))
     for step in (2, 3, 4):
         save(second, step)
         assert second.mirror.flush(PATIENT)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 
 import pytest
 from chat_parts import SRC, folder, load_decoder_of  # noqa: F401 (a fixture)
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smol.data.chat import ChatTemplate, default_source
 from smol.data.tokenizer import load_tokenizer
@@ -26,7 +29,7 @@ def converse(folder):
 
     class Scripted(Generator):
         def __init__(self):
-            self.says, self.read = [], []
+            self.says, self.read, self.max_length = [], [], None
 
         def stream(self, prompt, sampling):
             self.read.append(tokenizer.decode(prompt))
@@ -109,12 +112,60 @@ def test_reasoning_that_the_prompt_begins(converse):
         ("<think>\n\n</think>\nfour ", (None, "four")),
         ("<think>\nhm\n</think>\n\nfour", ("hm", "four")),
         ("<think>\nhm", ("hm", "")),
-        ("<thi", (None, "")),
+        ("<thi", (None, "<thi")),
+        ("<", (None, "<")),
         ("<this", (None, "<this")),
     ],
 )
 def test_split_reasoning(text, expected):
     assert split_reasoning(text) == expected
+
+
+@given(st.lists(st.sampled_from(["<", "</", "think", ">", "<think>", "</think>", "a", " ", "\n"])))
+def test_what_is_shown_while_it_is_written_only_grows(pieces):
+    text = "".join(pieces)
+    shown = [split_reasoning(text[:end], finished=False) for end in range(len(text) + 1)]
+    shown.append(split_reasoning(text))
+    for (reasoning, answer), (later, last) in itertools.pairwise(shown):
+        assert (later or "").startswith(reasoning or "")
+        assert last.startswith(answer)
+
+
+def test_a_mode_that_was_typed_outlives_the_conversation(converse):
+    chat = converse(mode="think")
+    say(chat, "hi", "hello")
+    chat.command("/no_think")
+    chat.command("/reset")
+    assert say(chat, "hi", "hello").endswith("<think>\n\n</think>\n")
+
+
+def test_a_full_conversation_says_how_to_go_on(converse):
+    chat = converse(mode="no_think")
+    say(chat, "the cat", "the dog")
+    chat.generator.max_length = 20
+    with pytest.raises(UserError, match=r"no room for an answer; expected fewer than 20\..*/reset"):
+        list(chat.ask("the cat"))
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_reasoning_is_shown_in_pieces_of_any_size(size, converse, monkeypatch, capsys):
+    chat, said = converse(mode="think"), "<think>\nit is four\n</think>\nfour <"
+    chat.generator.says.append(said)
+    stream = chat.generator.stream
+    monkeypatch.setattr(chat.generator, "stream", lambda *args: Pieces(stream(*args), size))
+    chat_script()._show(chat, "two and two", show_reasoning=True)
+    assert capsys.readouterr().out.startswith("it is four\n\nfour <\n[")
+
+
+class Pieces:
+    """A stream in pieces of a size."""
+
+    def __init__(self, stream, size):
+        self.completion, self.size = stream.completion, size
+
+    def __iter__(self):
+        text = self.completion.text
+        return (text[at : at + self.size] for at in range(0, len(text), self.size))
 
 
 def test_mistakes_in_a_conversation(converse):
@@ -129,13 +180,18 @@ def test_mistakes_in_a_conversation(converse):
         converse(modeless).command("/think")
 
 
-def chat_main(arguments, monkeypatch, stdin: str = "") -> int:
-    """``src/chat.py`` in this process; returns the exit status."""
+def chat_script():
+    """``src/chat.py`` as a module."""
     spec = importlib.util.spec_from_file_location("chat_script", SRC / "chat.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def chat_main(arguments, monkeypatch, stdin: str = "") -> int:
+    """``src/chat.py`` in this process; returns the exit status."""
     monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-    return script.main([str(argument) for argument in arguments])
+    return chat_script().main([str(argument) for argument in arguments])
 
 
 def test_one_shot_for_a_program(folder):
@@ -181,6 +237,8 @@ def test_a_base_model_continues_plain_text(folder, monkeypatch, capsys):
     ("flags", "message"),
     [
         (["--json"], "--prompt TEXT"),
+        (["--prompt", "a", "--log_probs"], "--json"),
+        (["--prompt", "a", "--json", "--show_reasoning"], "leave --show_reasoning out"),
         (["--prompt", "a", "--top_p", "2"], "top_p is 2.0, expected 0 < top_p <= 1"),
         (["--prompt", "a", "--max_length", "5"], "leaves no room to write"),
         (["--prompt", "a", "--max_length", "1"], "max_length is 1, expected at least 2"),
@@ -195,3 +253,21 @@ def test_mistakes_on_the_command_line_are_one_line(folder, flags, message, monke
 def test_a_model_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert chat_main([tmp_path / "nothing"], monkeypatch) == 2
     assert "is not there" in capsys.readouterr().err
+
+
+def test_an_answer_may_take_all_the_room_there_is(folder, monkeypatch, capsys):
+    flags = ["--prompt", "a", "--json", "--mode", "no_think", "--max_length", "500"]
+    assert chat_main([folder, *flags, "--temperature", "0"], monkeypatch) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["finish_reason"] == "stop" or len(answer["tokens"]) > 256
+
+
+@pytest.mark.parametrize("script", ["chat.py", "serve.py"])
+def test_help_does_not_wait_for_torch(script):
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['x', '--help']; "
+        f"runpy.run_path({str(SRC / script)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--dtype" in done.stdout

@@ -22,6 +22,7 @@ from command_lines import (
 
 from smol.checkpoints.store import FsspecStore
 from smol.cli import main, parse_command_line
+from smol.errors import TemporaryError, UserError
 from smol.lightning_cli import SmolCLI, WriteConfig, _format_warning
 
 
@@ -289,3 +290,23 @@ class TestProcess:
         assert done.returncode == 0
         assert "--trainer.max_steps" in done.stdout
         assert not {"litdata", "datasets", "smol.data", "callbacks"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "ends"), [(TemporaryError, 75, False), (UserError, 2, True)]
+)
+def test_what_may_pass_by_itself_does_not_end_torchrun(
+    monkeypatch, capsys, kind, status, ends
+) -> None:
+    def fail(*_):
+        raise kind("the store is away")
+
+    killed = []
+    monkeypatch.setattr("smol.cli.parse_command_line", fail)
+    monkeypatch.setattr("smol.cli.os.kill", lambda *words: killed.append(words))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == status
+    assert killed == ([(os.getppid(), signal.SIGTERM)] if ends else [])
+    assert capsys.readouterr().err == "error: the store is away\n"

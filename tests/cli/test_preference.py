@@ -1,11 +1,13 @@
 """Preference optimisation from the command line: runs, restarts, overlays and mistakes."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from preference_parts import SHAPE, prepare_pairs
 from safetensors.torch import load_file
 
@@ -126,6 +128,43 @@ def test_validate_takes_the_reference_of_the_run(home: Path):
     cli = main(["validate", "--config", "preference.yaml"])
     margin = cli.trainer.callback_metrics["held_out/rewards/margins"]
     assert float(margin) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_report_says_what_was_gained(home: Path, capsys: pytest.CaptureFixture):
+    fit("--callbacks.run_report", "callbacks.RunReport", "--name", "named")
+    out = capsys.readouterr().out
+    measured = rows(home / "runs/named")
+    for name in ("accuracies", "margins"):
+        before, after = (float(measured[step][f"held_out/rewards/{name}"]) for step in (0, 12))
+        found = re.search(rf"  {name} +(-?\d\.\d{{3}}) +(\d\.\d{{3}}) +(\d\.\d{{3}})\n", out)
+        expected = [before, after, after - before]
+        assert list(map(float, found.groups())) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("chain", ["", "smollm3_3b/"])
+def test_phases_name_their_run_and_render_alike(chain: str):
+    phases = ("mid_training", "sft", "preference")
+    words = {"runs_dir": "/elsewhere", "name": "mine"}
+    configs = {
+        phase: OmegaConf.to_container(
+            OmegaConf.create(load_config([CONFIGS / f"{chain}{phase}.yaml"], words)), resolve=True
+        )
+        for phase in phases
+    }
+    data = {phase: config["data"]["init_args"] for phase, config in configs.items()}
+    assert len({data[phase].get("chat_template") for phase in phases}) == 1
+    for key in ("date", "bare"):
+        assert (data["sft"].get(key) or None) == (data["preference"].get(key) or None), key
+    assert data["mid_training"]["bare"]  # so it has no date
+    following = [
+        c["callbacks"]["run_report"]["init_args"]["next_command"] for c in configs.values()
+    ]
+    fit = "python src/train.py fit --runs_dir /elsewhere --init_from mine --config configs"
+    assert following == [
+        f"{fit}/{chain}sft.yaml",
+        f"{fit}/{chain}preference.yaml",
+        "python src/chat.py /elsewhere/mine",
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONFIGS / "losses").iterdir()))

@@ -94,7 +94,7 @@ SUBSETS = "--data.init_args.subsets"
         ([f"{SUBSETS}.think.mode", "thinks"], "mode is 'thinks', expected think, no_think, data"),
         ([f"{SUBSETS}.think.wieght", "2"], "Did you mean 'weight'?"),
         ([f"{SUBSETS}.think.messages", "mesages"], "has no column 'mesages'"),
-        (["--data.init_args.context_length", "64"], "there is nothing to train on in"),
+        (["--data.init_args.context_length", "64"], "conversations are longer than a row of 64"),
         (["--data.init_args.global_batch_tokens", "700"], "is not a multiple of context_length"),
         (["--data.init_args.train_on", "user"], "data.train_on is 'user', expected assistant or"),
         (["--data.init_args.long", "cut"], "data.long is 'cut', expected drop or split"),

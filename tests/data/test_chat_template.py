@@ -197,6 +197,52 @@ def test_a_tokenizer_is_saved_with_its_template(template, sources, tmp_path):
     assert load_chat_template(sources / "tokenizer") is None
 
 
+@pytest.mark.parametrize("bare", [False, True])
+def test_what_was_trained_with_is_stored(template, tmp_path, bare):
+    from transformers import AutoTokenizer
+
+    used = {"date": "2025-07-01", "bare": bare}
+    save_chat_tokenizer(template, tmp_path, **used)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_chat_template(tmp_path)
+    trained = template.render(CONVERSATION, **used)
+    assert ours.render(CONVERSATION) == trained
+    assert theirs.apply_chat_template(CONVERSATION, tokenize=False) == trained
+    other = {"date": "2026-01-02", "bare": not bare}
+    assert ours.render(CONVERSATION, **other) == template.render(CONVERSATION, **other)
+    assert ours.variables == template.variables
+    save_chat_tokenizer(ours, tmp_path, date=None, bare=False)  # of a phase after it
+    again = load_chat_template(tmp_path)
+    assert again.render(CONVERSATION) == template.render(CONVERSATION, date="2025-07-01")
+    save_chat_tokenizer(again, tmp_path, **other)
+    assert load_chat_template(tmp_path).render(CONVERSATION) == template.render(
+        CONVERSATION, **other
+    )
+
+
+def test_marks_of_reasoning_may_be_special_tokens(sources):
+    tokenizer = load_tokenizer(sources / "tokenizer")
+    tokenizer.backend.add_special_tokens(["<think>", "</think>"])
+    template, plain = default_template(tokenizer), load(sources)
+    inline = "<think>\nhm\n</think>\nso"
+    for content in (inline, "<think>\n\n</think>\n\nso"):
+        messages = [CONVERSATION[1], {"role": "assistant", "content": content}]
+        assert template.render(messages, mode="no_think") == plain.render(messages, mode="no_think")
+    apart = {"role": "assistant", "content": "so", "reasoning_content": "hm"}
+    own = template.encode([CONVERSATION[1], {"role": "assistant", "content": inline}])
+    assert own.tokens.tolist() == template.encode([CONVERSATION[1], apart]).tokens.tolist()
+    assert tokenizer.backend.token_to_id("<think>") in own.tokens[own.trained]
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
+def test_arguments_of_a_call_may_be_json(template, arguments):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [CONVERSATION[1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in template.render(
+        messages
+    )
+
+
 @pytest.mark.parametrize("stored", ["{{ messages[0].content }}", [{"name": "default"}]])
 def test_a_template_in_tokenizer_config(sources, tmp_path, stored):
     for file in (sources / "tokenizer").iterdir():

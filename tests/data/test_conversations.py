@@ -121,6 +121,27 @@ def test_system_messages_and_tools_come_from_columns(tmp_path, template):
     assert "other" not in found[2]
 
 
+def test_custom_instructions_stand_beside_a_system_message(tmp_path, template):
+    system, kwargs = {"role": "system", "content": "Be brief."}, {"custom_instructions": "Be Bob."}
+    records = [
+        {"messages": [system, *PLAIN], "s": None, "chat_template_kwargs": kwargs},
+        {"messages": PLAIN, "s": "Be brief.", "chat_template_kwargs": kwargs},
+        {"messages": PLAIN, "s": "Be Bob.", "chat_template_kwargs": kwargs},
+    ]
+    config = SubsetConfig(write(tmp_path / "x.jsonl", records), system="s")
+    found = texts(rendered(config, template)[0], template)
+    for text, words in zip(
+        found, ["Be brief.\nBe Bob.", "Be brief.\nBe Bob.", "Be Bob."], strict=True
+    ):
+        assert f"## Custom Instructions\n{words}\n" in text
+
+
+def test_tools_that_are_no_json(tmp_path, template):
+    config = SubsetConfig(write(tmp_path / "x.jsonl", [{"messages": PLAIN, "t": "{x"}]), tools="t")
+    with pytest.raises(UserError, match=r"^.*x.jsonl:1: column 't' is no JSON .*'{x'.*$"):
+        rendered(config, template)
+
+
 def test_held_out_conversations_are_apart(tmp_path, template):
     records = [{"messages": [{**USER, "content": f"cat {i}"}, ANSWER]} for i in range(200)]
     path = write(tmp_path / "x.jsonl", records)
@@ -194,8 +215,8 @@ def test_a_template_that_would_teach_something_wrong(tmp_path, template, fault, 
     ("record", "mode", "message"),
     [
         ({"messages": [USER]}, "data", "x.jsonl:1 has no turn of the assistant"),
-        ({"messages": THINKING}, "no_think", "an answer reasons, but the mode is no_think"),
-        ({"messages": PLAIN}, "think", "no answer reasons, but the mode is think"),
+        ({"messages": THINKING}, "no_think", "answer 1 reasons, but the mode is no_think"),
+        ({"messages": PLAIN}, "think", "answer 1 does not reason, but the mode is think"),
         ({"text": "x"}, "data", "x.jsonl:1 has no column 'messages', its columns are 'text'"),
         (
             {"messages": PLAIN, "chat_template_kwargs": {"custom_instruction": "x"}},
@@ -203,6 +224,33 @@ def test_a_template_that_would_teach_something_wrong(tmp_path, template, fault, 
             "chat_template_kwargs has custom_instruction, which the chat template does not",
         ),
         ({"messages": ["x"]}, "data", "a message is 'x', expected role and content"),
+        (
+            {"messages": [USER, REASONED, USER, ANSWER]},
+            "think",
+            "answer 2 does not reason, but the",
+        ),
+        (
+            {"messages": [USER, ANSWER, USER, OWN]},
+            "data",
+            "the mode changes without a flag: answer 2",
+        ),
+        ({"messages": None}, "data", "x.jsonl:1: the messages are null, expected a list of them"),
+        ({"messages": []}, "data", "x.jsonl:1 has no turn of the assistant"),
+        ({"messages": PLAIN, "chat_template_kwargs": "{}"}, "data", "chat_template_kwargs is '{}'"),
+        ({"messages": PLAIN, "chat_template_kwargs": [1]}, "data", "chat_template_kwargs is [1]"),
+        (
+            {"messages": PLAIN, "chat_template_kwargs": {"custom_instructions": [1]}},
+            "data",
+            "a system message is [1] (list), expected text",
+        ),
+        (
+            {
+                "messages": [{"role": "system", "content": "/think"}, *PLAIN],
+                "chat_template_kwargs": {"custom_instructions": "Be brief. /no_think"},
+            },
+            "data",
+            "the system message and the custom_instructions ask for different modes",
+        ),
         ({"messages": [{**USER, "content": [1]}]}, "data", "is of type list, expected text"),
         ({"messages": [{**USER, "role": "bot"}, ANSWER]}, "data", "has the role 'bot'"),
         (7, "data", "x.jsonl:1: expected a JSON object per line, seen int"),
@@ -222,12 +270,39 @@ def test_records_that_are_no_conversations(tmp_path, template, record, mode, mes
         ({"mode": "thinks"}, "mode is 'thinks', expected think, no_think, data. Did you mean"),
         ({"prompt": "q"}, "prompt and response are columns that go together"),
         ({"weight": -1.0}, "weight is -1.0, expected 0 or more"),
+        ({"weight": float("nan")}, "weight is nan, expected 0 or more"),
+        ({"weight": float("inf")}, "weight is inf, expected 0 or more"),
         ({"held_out": 1.0}, "held_out is 1.0, expected a share, 0 to below 1"),
     ],
 )
 def test_sets_that_cannot_be(fields, message):
     with pytest.raises(UserError, match=message):
         check_subsets({"x": SubsetConfig("x.jsonl", **fields)})
+
+
+def test_a_change_of_mode_without_a_flag_is_found_in_any_record(tmp_path, template):
+    switch = [USER, ANSWER, {**USER, "content": "why? /think"}, OWN]
+    wrong = [USER, ANSWER, USER, OWN]
+    records = [{"messages": messages} for messages in [*[PLAIN] * 80, switch, wrong]]
+    with pytest.raises(UserError, match="x.jsonl:82: the mode changes without a flag: answer 2 re"):
+        rendered(SubsetConfig(write(tmp_path / "x.jsonl", records)), template)
+
+
+def test_a_flag_may_change_the_mode_of_a_set(tmp_path, template):
+    switch = [USER, OWN, {**USER, "content": "why? /no_think"}, ANSWER, USER, ANSWER]
+    config = SubsetConfig(write(tmp_path / "x.jsonl", [{"messages": switch}]), mode="think")
+    (found,), notes = rendered(config, template)
+    count = len(template.tokenizer.encode("a dog")) + 1  # and the end
+    assert notes["modes"]["no_think"] == 2 * count
+    assert sum(notes["modes"].values()) == int(found.trained.sum())
+
+
+def test_all_tokens_count_for_the_mode_of_the_answer_they_lead_to(tmp_path, template):
+    switch = [USER, OWN, {**USER, "content": "why? /no_think"}, ANSWER]
+    config = SubsetConfig(write(tmp_path / "x.jsonl", [{"messages": switch}]))
+    (found,), notes = rendered(config, template, train_on="all")
+    first = found.tokens.tolist().index(template.stop_id, len(template.encode(switch[:1]).tokens))
+    assert notes["modes"] == {"think": first, "no_think": len(found.tokens) - first - 1}
 
 
 # -- the data module -----------------------------------------------------------------------------
@@ -303,7 +378,11 @@ def test_what_is_trained_on_is_marked(tmp_path, sources, template):
         ({"seed": -1}, "data.seed is -1"),
         ({"subsets": {"x": SubsetConfig("nowhere.jsonl")}}, "nowhere.jsonl: no such file"),
         ({"chat_template": "."}, "expected a Jinja file or a chat_template.jinja"),
-        ({"context_length": 32}, "there is nothing to train on in plain, think"),
+        (
+            {"context_length": 32},
+            "all 34 conversations are longer than a row of 32 tokens; type --d",
+        ),
+        ({"context_length": 1, "long": "split"}, "data.context_length is 1, expected at least 2"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, sources, settings, message):

@@ -1,5 +1,10 @@
 """The loader: interrupted equals uninterrupted, by token ids per optimiser step."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -115,3 +120,40 @@ def test_documents_begin_at_the_end_of_text_token():
     assert batch["documents"].tolist() == [[0, 0, 1, 1, 1, 1, 2, 3]]
     assert batch["positions"].tolist() == [[0, 1, 0, 1, 2, 3, 0, 0]]
     assert batch["tokens"].dtype == torch.int64
+
+
+def test_signals_to_every_process_do_not_end_workers(uninterrupted):
+    loader = make_loader(STAGES, CHUNKS, workers=2)
+    reader = iter(loader)
+    first = list(islice(reader, 8))
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for worker in workers:
+            os.kill(worker.pid, number)
+    more = list(islice(reader, 72))  # more than was read ahead
+    assert all(worker.is_alive() for worker in workers)
+    alone = islice(iter(make_loader(STAGES, CHUNKS)), 80)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first + more, alone, strict=True))
+    reader.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+HUNG = """
+import sys, time
+from smol.data.loader import _Workers
+
+class Hangs:
+    def __getitem__(self, key):
+        return key if key < 2 else time.sleep(600)
+
+reader = iter(_Workers(Hangs(), batch_size=None, sampler=range(9), num_workers=2))
+print(next(reader), next(reader))
+sys.exit(143)
+"""
+
+
+def test_a_worker_that_hangs_does_not_keep_the_process_from_ending():
+    command = [sys.executable, "-c", HUNG]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (143, "0 1\n"), done.stderr

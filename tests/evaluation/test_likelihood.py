@@ -9,8 +9,10 @@ from evaluation_parts import brute_force, tiny_decoder, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smol.data.tokenizer import load_tokenizer
 from smol.errors import UserError
 from smol.evaluation import likelihood
+from smol.evaluation.bits_per_byte import token_bytes
 from smol.evaluation.language_model import windows
 from smol.evaluation.likelihood import score
 
@@ -88,6 +90,48 @@ def test_a_shared_context_is_computed_once():
     score(DECODER, [(context, [1, 2, 3]), (context, [4]), (context, [5, 6])], SIZES)
     hook.remove()
     assert sum(seen) == 30 + 2 + 0 + 1
+
+
+@given(
+    texts=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    options=st.lists(st.integers(1, 9), max_size=30),
+)
+def test_no_layout_is_larger_than_a_batch_and_no_mask_than_its_context_is_worth(texts, options):
+    pairs = [((0,), [1] * n) for n in texts] + [((0,) * 8, [1] * n) for n in options]
+    groups = likelihood._grouped(pairs, None, batch_tokens=50)
+    for batch in likelihood._batches(groups, 50):
+        assert sum(group.length for group in batch) <= 50
+    for group in groups:
+        longest = max(len(tokens) for _, tokens in group.continuations[1:] or [(0, [1])])
+        assert longest - 1 <= len(group.context)
+    order = [index for group in groups for index, _ in group.continuations]
+    assert sorted(order) == list(range(len(pairs)))
+
+
+def byte_fallback_tokenizer(folder):
+    """As SentencePiece makes them: a blank is ``▁``, and an unknown letter is its bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words = ["▁the", "▁cat", "▁", "s", "a", "t", "at", "sat"]
+    pieces = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
+    merges = [("a", "t"), ("s", "at")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<unk>", "</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", ["sat at", "sat 猫 é ~ sat", "  sat\n"])
+def test_bytes_of_a_byte_fallback_tokenizer_add_up(tmp_path, text):
+    tokenizer = byte_fallback_tokenizer(tmp_path)
+    sizes = token_bytes(tokenizer)
+    assert int(sizes[tokenizer.encode(text)].sum()) == len(text.encode()) + 1  # and a blank before
 
 
 def test_a_long_context_loses_its_beginning():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from smol.errors import UserError
 from smol.generation import Generator, Sampling
-from smol.generation.packing import can_pack
+from smol.generation.inference_copy import can_pack
 from smol.losses import linear_cross_entropy
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
@@ -202,7 +202,7 @@ def test_weights_that_were_not_finite_do_not_haunt_the_cache(decoder):
 @pytest.mark.parametrize("kind", ["nope", "gqa", "untied"])
 @torch.no_grad()
 def test_a_packed_copy_computes_the_same(kind):
-    from smol.generation.packing import inference_copy, linear
+    from smol.generation.inference_copy import inference_copy, linear
 
     decoder = make_decoder(kind).bfloat16()
     packed = inference_copy(decoder, torch.bfloat16)
@@ -212,6 +212,29 @@ def test_a_packed_copy_computes_the_same(kind):
     # Both round to 8 bits; they agree with each other as they do with float32.
     error = (expected - make_decoder(kind)(tokens)).abs().mean()
     assert (found - expected).abs().mean() < error
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_call_that_fails_does_not_fail_the_next(dtype):
+    decoder = make_decoder()
+    generator = Generator(decoder, dtype=dtype)
+    expected = brute_force(decoder, PROMPTS[0], 12)
+    huge = Sampling(temperature=0, max_new_tokens=10**13)
+    for call in (generator.generate, generator.stream):
+        prompt = [PROMPTS[0]] if call == generator.generate else PROMPTS[0]
+        with pytest.raises(RuntimeError, match=r"memory|allocate|overflow"):
+            list(call(prompt, huge))
+        stream = generator.stream(PROMPTS[0], GREEDY)
+        list(stream)
+        [whole] = generator.generate([PROMPTS[0]], GREEDY)
+        assert whole.tokens == stream.completion.tokens == expected
+
+
+def test_a_cache_is_no_longer_than_texts_may_be(decoder):
+    generator = Generator(decoder, max_length=700, dtype=torch.float32)
+    for length in (100, 300, 600):
+        list(generator.stream([1] * length, replace(GREEDY, max_new_tokens=2)))
+        assert length + 2 <= generator._cache.length <= 700
 
 
 def test_two_sharded_ranks_with_prompts_of_their_own(tmp_path):

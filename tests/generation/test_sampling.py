@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from smol.errors import UserError
 from smol.generation import Sampling
-from smol.generation.sampling import choose, penalize_repetition, sample
+from smol.generation.choice import choose, penalize_repetition, sample
 
 
 def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -86,14 +86,26 @@ def test_the_penalty_is_that_of_transformers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1}, "temperature is -1, expected 0 or more"),
-        ({"top_k": 0}, "top_k is 0, expected at least 1"),
+        ({"temperature": -1}, "temperature is -1, expected a number, 0 or more"),
+        ({"top_k": 0}, "top_k is 0, expected a whole number, at least 1"),
         ({"top_p": 1.5}, "top_p is 1.5, expected 0 < top_p <= 1"),
         ({"min_p": -0.1}, "min_p is -0.1"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number, at least 1"),
         ({"stop": ("",)}, "stop is .* not empty"),
         ({"seed": -1}, "seed is -1"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ({"top_k": 2.5}, "top_k is 2.5, expected a whole number"),
+        ({"top_p": True}, "top_p is True"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"stop": ("a", 5)}, "stop is .*'a', 5.* expected strings"),
+        ({"stop": 5}, "stop is .*5"),
+        ({"stop_ids": ["2"]}, "stop_ids is .*'2'.* expected whole numbers"),
     ],
 )
 def test_mistakes_are_one_line(settings, message):
@@ -103,3 +115,8 @@ def test_mistakes_are_one_line(settings, message):
 
 def test_one_stop_needs_no_tuple():
     assert Sampling(stop="END", stop_ids=7) == Sampling(stop=["END"], stop_ids=[7])
+
+
+def test_a_temperature_that_float32_has_not_takes_the_likeliest():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert sample(logits, Sampling(temperature=1e-320), torch.tensor([[0.0]]).double()) == 1

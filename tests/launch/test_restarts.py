@@ -2,10 +2,12 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from smol.errors import UserError
+from smol.heartbeat import Heartbeat
 from smol.restarts import ATTEMPTS, HEARTBEAT, Attempts, refuse_crash_loop
 
 BEAT = {
@@ -84,6 +86,48 @@ def test_different_places_speak_against_the_data(torchrun, tmp_path):
     assert "suspect the machine" in (tmp_path / "crash_report.txt").read_text()
 
 
+def test_a_preemption_is_no_crash(torchrun, tmp_path):
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, datamodule=None)
+    for _ in range(9):
+        refuse_crash_loop(tmp_path, None)
+        heartbeat = Heartbeat()
+        heartbeat.on_train_start(trainer, None)
+        heartbeat.on_exception(trainer, None, SystemExit(143))
+        heartbeat.teardown(trainer, None, "fit")
+    for _ in range(3):
+        refuse_crash_loop(tmp_path, None)
+    heartbeat.on_exception(trainer, None, RuntimeError("no"))
+    with pytest.raises(UserError, match="crashed 3 times"):
+        refuse_crash_loop(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"best": None}, {"best": ["x"]}, {"crashes": "many"}, {"deaths": 5}, {"added_later": 1}, None],
+)
+def test_a_count_of_another_version_is_no_obstacle(torchrun, tmp_path, change):
+    refuse_crash_loop(tmp_path, None)
+    found = json.loads((tmp_path / ATTEMPTS).read_text())
+    found = {"launcher": found["launcher"]} if change is None else found | change
+    (tmp_path / ATTEMPTS).write_text(json.dumps(found))
+    refuse_crash_loop(tmp_path, None)
+    known = ["launcher", "best", "crashes", "deaths"]
+    assert list(json.loads((tmp_path / ATTEMPTS).read_text())) == known
+
+
+def test_two_launches_may_count_at_once(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def late(*paths):
+        monkeypatch.setattr(os, "replace", replace)
+        Attempts.count(tmp_path, "two")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", late)
+    Attempts.count(tmp_path, "one")
+    assert [path.name for path in tmp_path.iterdir()] == [ATTEMPTS]
+
+
 @pytest.mark.parametrize("cut", [0, 1, 40])
 def test_files_that_a_crash_cut_off_are_no_obstacle(torchrun, tmp_path, cut):
     refuse_crash_loop(tmp_path, None)
@@ -111,4 +155,5 @@ def test_a_torchrun_whose_restarts_cannot_work_is_told_so(torchrun, tmp_path, mo
     with pytest.raises(UserError, match="type TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before"):
         refuse_crash_loop(tmp_path, None)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
-    refuse_crash_loop(tmp_path, None)
+    refuse_crash_loop(tmp_path, "scratch")  # it starts nothing again
+    assert list(tmp_path.iterdir()) == []

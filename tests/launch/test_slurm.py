@@ -1,8 +1,8 @@
 """The batch script of a cluster, with stand-ins for SLURM's commands, and two nodes on one machine.
 
 The stand-ins know what the script relies on: `srun` runs a command once per node and ends all when
-one fails, `scancel --signal` reaches what srun runs and not the batch script, `scontrol requeue` is
-noted down.
+one fails, `scancel --signal` reaches every process of what srun runs and not the batch script,
+`scontrol requeue` is noted down.
 """
 
 import os
@@ -42,7 +42,11 @@ if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> "$FAKE/scontrol"; fi
 """,
     "scancel": """
 echo "$@" >> "$FAKE/scancel"
-for pid in $(cat "$FAKE/nodes"); do kill -s "${1#--signal=}" "$pid"; done
+signal() {
+    for child in $(pgrep -P "$2"); do signal "$1" "$child"; done
+    kill -s "$1" "$2" 2> /dev/null
+}
+for pid in $(cat "$FAKE/nodes"); do signal "${1#--signal=}" "$pid"; done
 """,
 }
 
@@ -117,6 +121,7 @@ def test_a_job_that_loses_a_rank_and_meets_its_time_limit_goes_on_as_if_it_had_n
 ):
     """A rank is killed; then the signal comes that announces the end; then the job runs again."""
     flags = ("--trainer.strategy", "ddp", "--callbacks.checkpoint.every", "40")
+    flags += ("--data.num_workers", "1")
     config = write_config(tmp_path, "whole", sources, STEPS)
     status, _, err = end(cluster.start(config, *flags))
     assert status == 0, err[-3000:]
@@ -161,6 +166,23 @@ def test_a_run_folder_that_a_node_does_not_see_ends_the_job(cluster, sources, tm
     assert status == 2
     assert "does not see" in err
     assert err.splitlines()[-1].startswith(f"error: {tmp_path}/runs/job is not shared by all nodes")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "queued"), [(signal.SIGUSR1, 0, 1), (signal.SIGTERM, 143, 0)]
+)
+def test_a_signal_before_the_ranks_start_is_heard(
+    cluster, sources, tmp_path, number, status, queued
+):
+    python = cluster.folder / "bin/slow_python"
+    python.write_text(f'#!/bin/bash\ntouch "$FAKE/asked"\nsleep 1\necho {tmp_path}/runs/job\n')
+    python.chmod(0o755)
+    job = cluster.start(write_config(tmp_path, "job", sources, STEPS), PYTHON=str(python))
+    wait_for(job, (cluster.folder / "asked").exists)
+    job.send_signal(number)
+    assert end(job)[0] == status
+    assert cluster.noted("scontrol") == queued * [f"requeue {os.getpid()}"]
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

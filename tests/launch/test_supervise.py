@@ -85,6 +85,18 @@ def test_somebody_who_asks_it_to_stop_is_heard(tmp_path):
     assert starts(tmp_path) == 1
 
 
+def test_a_command_that_was_asked_to_stop_by_others_is_not_started_again(tmp_path):
+    status, _, _ = end(supervise(tmp_path, "sys.exit(143)\n"))
+    assert (status, starts(tmp_path)) == (143, 1)
+
+
+def test_what_may_pass_by_itself_is_tried_again_as_after_a_crash(tmp_path):
+    status, _, _ = end(supervise(tmp_path, "if number < 3: sys.exit(75)\n"))
+    assert (status, starts(tmp_path)) == (0, 3)
+    status, _, _ = end(supervise(tmp_path, "sys.exit(75)\n"))
+    assert (status, starts(tmp_path)) == (3, 6)
+
+
 def test_what_a_dead_command_leaves_behind_ends_with_it(tmp_path):
     script = (
         "import subprocess\n"

@@ -84,10 +84,27 @@ def test_what_has_no_effect_is_told():
     ]
 
 
+def test_what_is_in_the_wrong_place_is_told():
+    recipe = parse_recipe(
+        "models:\n- {model: a, parameters: {weight: 1, lambda: 0.1, normalize: false}}\n"
+        "- {model: b, parameters: {weight: 0.5}}\nbase_model: b\nmerge_method: ties\n"
+        "parameters: {density: 0.5}\n"
+    )
+    assert recipe.notes([layer(0)]) == [
+        "lambda of a has no effect, for it counts for all models; write it on top",
+        "normalize of a has no effect, for it counts for all models; write it on top",
+        "weight of b has no effect, for it is the base",
+    ]
+    assert parse_recipe(SLERP + "parameters: {t: [0, 5]}\n").notes([layer(0)]) == [
+        "t is 5, outside of 0 to 1, and goes beyond the models"
+    ]
+
+
 MISTAKES = {
     "nothing": ("", "a recipe is null; expected keys and values"),
     "key": (LINEAR + "paramters: {}", "'paramters'; .* Did you mean 'parameters'"),
     "method": (PAIR + "merge_method: tis", "'tis' .* is not supported.* Did you mean 'ties'"),
+    "method list": (PAIR + "merge_method: [linear]", "merge_method .* is not supported; expected"),
     "passthrough": (PAIR + "merge_method: passthrough", "'passthrough' .* is not supported"),
     "both": (LINEAR + "slices: []", "either models or slices"),
     "modules": (LINEAR + "modules: {}", "'modules', which is not supported; write models"),

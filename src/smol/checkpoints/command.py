@@ -9,7 +9,7 @@ from typing import Any
 
 from smol.checkpoints.replicas import RemoteRuns, Replicas
 from smol.checkpoints.retention import Retention, is_pinned, pin, unpin
-from smol.checkpoints.store import CheckpointInfo, FsspecStore
+from smol.checkpoints.store import CheckpointInfo, FsspecStore, read_manifest, verify_files
 from smol.errors import UserError, nearest, one_line
 from smol.paths import find, is_url, resolve
 
@@ -92,16 +92,25 @@ class Checkpoints:
             "parent": manifest.parent,
         }
 
-    def verify(self, info: CheckpointInfo) -> dict[str, Any]:
-        """Read every copy, and say what is wrong with it."""
-        row: dict[str, Any] = {"key": info.key}
-        for name, store in self.copies(info).items():
-            try:
-                store.verify(info)
-                row[name] = "whole"
-            except UserError as error:
-                row[name] = str(error)
-        return row
+    def verify(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Read every copy, and say what is wrong with it; without names, of all checkpoints.
+
+        A copy whose manifest is damaged, which no other command sees, is one too.
+        """
+        marked = {name: set(store.marked()) for name, store in self.stores.items()}
+        unseen = sorted(set().union(*marked.values()) - {info.key for info in self.infos})
+        if names:
+            keys = [name if name in unseen else self.choose(name).key for name in names]
+        else:
+            keys = [info.key for info in self.infos] + unseen
+        rows = []
+        for key in keys:
+            row: dict[str, Any] = {"key": key}
+            for name, store in self.stores.items():
+                if key in marked[name]:
+                    row[name] = _state(store, key)
+            rows.append(row)
+        return rows
 
     def prune(self, retention: Retention, dry_run: bool) -> list[dict[str, Any]]:
         """Remove what the rule lets go from each store."""
@@ -110,8 +119,9 @@ class Checkpoints:
         for name, store in self.stores.items():
             infos = [info for info in self.infos if info.key in self._keys[name]]
 
-            def is_kept(info: CheckpointInfo, store: FsspecStore = store) -> bool:
-                return info.key in parents or is_pinned(store, info.key)
+            def is_kept(info: CheckpointInfo) -> bool:
+                pinned = any(is_pinned(copy, info.key) for copy in self.copies(info).values())
+                return info.key in parents or pinned
 
             for info in retention.removable(infos, store.is_sound, is_kept):
                 rows.append({"key": info.key, "step": info.manifest.step, "removed from": name})
@@ -187,10 +197,10 @@ def _run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
         return [_restore(there, there.choose(args.key), to)], 0
     if args.command == "export":
         return [_export(there, there.choose(args.key), args)], 0
-    infos = [there.choose(key) for key in args.key] or there.infos
     if args.command == "verify":
-        rows = [there.verify(info) for info in infos]
+        rows = there.verify(args.key)
         return rows, int(any(set(row.values()) - {row["key"], "whole"} for row in rows))
+    infos = [there.choose(key) for key in args.key]
     for info in infos:
         for store in there.copies(info).values():
             (pin if args.command == "pin" else unpin)(store, info.key)
@@ -198,13 +208,25 @@ def _run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
 
 
 def _restore(there: Checkpoints, info: CheckpointInfo, to: Path | None) -> dict[str, Any]:
-    if to is None and "local" not in there.stores:
-        raise UserError(f"{there.name} is a URL; say where to put it: --to FOLDER")
+    if to is None:
+        if "local" not in there.stores:
+            raise UserError(f"{there.name} is a URL; say where to put it: --to FOLDER")
+        to = Path(there.stores["local"].root)
     folder = there.replicas.fetch(info)
-    if to is not None and folder.parent != to:
+    if folder.parent != to:
         FsspecStore(to).upload(folder, info.key, info.manifest)
         folder = to / info.key
     return {"key": info.key, "step": info.manifest.step, "to": str(folder)}
+
+
+def _state(store: FsspecStore, key: str) -> str:
+    """``whole``, or what is wrong with a copy."""
+    folder = f"{store.root}/{key}"
+    try:
+        verify_files(store.fs, folder, read_manifest(store.fs, folder))
+    except UserError as error:
+        return str(error)
+    return "whole"
 
 
 def _export(there: Checkpoints, info: CheckpointInfo, args: Any) -> dict[str, Any]:

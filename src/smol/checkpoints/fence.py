@@ -22,7 +22,8 @@ class Fence:
     A claim is a small object ``writers/00000003.json`` that says who claimed, where and when. It is
     created only if it is not there: ``O_EXCL`` in a folder, ``If-None-Match: *`` on S3, so of two
     processes that start together one gets the higher number. A process that hangs and wakes up
-    again, such as one that its scheduler took for dead, finds itself outnumbered.
+    again, such as one that its scheduler took for dead, finds itself outnumbered. Numbers begin
+    anew where the whole store was deleted, so a claim is known by its contents.
 
     Between a check and the write after it another process may claim; keys are never written twice,
     so two writers never mix within one checkpoint.
@@ -34,6 +35,7 @@ class Fence:
     def __init__(self, store: FsspecStore):
         self.store = store
         self.number = 0
+        self._held = b""  # what the claim says
         self._identity = {
             "host": socket.gethostname(),
             "process": os.getpid(),
@@ -60,7 +62,7 @@ class Fence:
             except FileNotFoundError:
                 raise failure or UserError(f"{self._path(number)} is gone again") from None
             if found == text:  # also where the answer to the write was lost on its way
-                self.number = number
+                self.number, self._held = number, text
 
     def check(self) -> None:
         """Make sure that this process is still the writer.
@@ -72,11 +74,11 @@ class Fence:
         if not claims:  # somebody deleted the whole folder
             self.number = 0
             self.claim()
-        elif max(claims) != self.number:
-            who = self.store.fs.cat_file(self._path(max(claims))).decode(errors="replace")
+        elif (holder := self.store.fs.cat_file(self._path(max(claims)))) != self._held:
+            who = holder.decode(errors="replace") or "it did not say who it is"
             raise FencedError(
                 f"another process has taken over {self.store.root}, so this one stops writing "
-                f"there: {who or 'it did not say who it is'}"
+                f"there: {who}"
             )
 
     @property

@@ -44,7 +44,8 @@ class Mirror:
 
     The thread only reads local files; they are removed by :meth:`prune_local`, in the thread that
     writes them. One is removed when its copy was read back from the store and found whole, or when
-    the rule keeps enough newer ones; the newest stay in any case.
+    the rule keeps enough newer ones; the newest stay in any case. A pin in either store keeps the
+    remote copy; a pinned local one stays until its pin is in the remote store too.
 
     Args:
         local: Where checkpoints are written.
@@ -52,9 +53,10 @@ class Mirror:
         retention: What to keep; counts over both stores.
         spare: How many local copies to keep although they are safe, at least 1.
         waiting_bytes: Size of the local copies that may wait for their upload; beyond it the oldest
-            are given up, but for the newest one, and for two as long as nothing is safe. None for
-            no limit.
+            are given up, but for the newest one, for two as long as nothing is safe, and for those
+            that are pinned or protected. None for no limit.
         protected: Keys never to delete, such as the one that the run was resumed from.
+        sound: Keys whose local copy was verified already.
         pause: Seconds before the first repetition, and at most before any.
     """
 
@@ -66,6 +68,7 @@ class Mirror:
         spare: int = 1,
         waiting_bytes: int | None = None,
         protected: Collection[str] = (),
+        sound: Collection[str] = (),
         pause: tuple[float, float] = (2.0, 300.0),
     ):
         self.local, self.remote = local, remote
@@ -80,7 +83,8 @@ class Mirror:
         self._changed = threading.Condition()  # guards what follows
         self._stored: dict[str, CheckpointInfo] = {}  # committed in the remote store
         self._verified: set[str] = set()  # keys read back from it
-        self._sound: set[str] = set()  # keys whose local copy is known to be whole
+        self._pinned: set[str] = set()  # keys with a pin in both
+        self._sound = set(sound)  # keys whose local copy is known to be whole
         self._lost: set[str] = set()  # keys whose local copy is not
         self._uploading: str | None = None
         self._asked = self._done = 0
@@ -139,7 +143,8 @@ class Mirror:
             both = list((self._stored | {info.key: info for info in infos}).values())
             old = {i.key for i in self.retention.removable(both, self._is_sound, self._must_stay)}
             spare = {info.key for info in infos[-self.spare :]} | {self._uploading}
-            gone = [i for i in infos if i.key not in spare and i.key in self._verified | old]
+            safe = {i.key for i in infos if i.key in self._verified and not self._pins_alone(i)}
+            gone = [i for i in infos if i.key not in spare and i.key in safe | old]
             waiting = [i for i in infos if i.key not in self._verified and i not in gone]
             gone += self._beyond_budget(waiting)
             for info in gone:
@@ -153,7 +158,8 @@ class Mirror:
         total = sum(info.manifest.bytes for info in waiting)
         least = 1 if self._verified else 2
         for info in waiting[:-least]:
-            if total > self.waiting_bytes and info.key not in (self._uploading, *self.protected):
+            stays = info.key == self._uploading or self._must_stay(info)
+            if total > self.waiting_bytes and not stays:
                 dropped.append(info)
                 total -= info.manifest.bytes
                 message = f"{info.key} is given up: local copies that wait exceed the disk budget"
@@ -171,6 +177,10 @@ class Mirror:
 
     def _must_stay(self, info: CheckpointInfo) -> bool:
         return info.key in self.protected or is_pinned(self.local, info.key)
+
+    def _pins_alone(self, info: CheckpointInfo) -> bool:
+        """Whether its only pin is the local one."""
+        return info.key not in self._pinned and is_pinned(self.local, info.key)
 
     def _is_whole_locally(self, info: CheckpointInfo) -> bool:
         try:
@@ -234,6 +244,7 @@ class Mirror:
                 self._upload(info)
             finally:
                 self._uploading = None
+        self._copy_pins()
         with self._changed:
             self._done = max(self._done, asked)
             self._changed.notify_all()
@@ -289,6 +300,17 @@ class Mirror:
         fields = {"key": info.key, "bytes": info.manifest.bytes, "seconds": seconds}
         self._tell("uploaded", message, attempts=self.failures + 1, **fields)
 
+    def _copy_pins(self) -> None:
+        """Pin in the remote store what somebody has pinned locally since its upload."""
+        pinned = {i.key for i in self.local.list() if is_pinned(self.local, i.key)}
+        pinned &= self._stored.keys()
+        for key in pinned:
+            if not is_pinned(self.remote, key):
+                self.fence.check()
+                pin(self.remote, key)
+        with self._changed:
+            self._pinned = pinned
+
     def _remove(self) -> None:
         """Remove from the remote store what may go and what was interrupted."""
         if self._dirty:
@@ -313,7 +335,7 @@ class Mirror:
         return True
 
     def _must_stay_there(self, info: CheckpointInfo) -> bool:
-        return info.key in self.protected or is_pinned(self.remote, info.key)
+        return self._must_stay(info) or is_pinned(self.remote, info.key)
 
     def _tell(self, kind: str, message: str, **fields: Any) -> None:
         self._news.append(News(kind, message, fields))

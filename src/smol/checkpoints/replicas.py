@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smol.checkpoints.store import MARKER_FILE, CheckpointInfo, FsspecStore, order
-from smol.errors import UserError, one_line
+from smol.errors import TemporaryError, UserError, one_line
 from smol.paths import resolve
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Replicas:
         """The committed checkpoints of both stores, in order of (lineage, step).
 
         Raises:
-            UserError: If the remote store cannot be read and there is no local checkpoint.
+            TemporaryError: If the remote store cannot be read and there is no local checkpoint.
         """
         local = {info.key: info for info in self.local.list()}
         remote: dict[str, CheckpointInfo] = {}
@@ -68,7 +68,7 @@ class Replicas:
                 self.complete = False
                 what = f"{self.remote.root} cannot be read: {one_line(error)}"
                 if not local:
-                    raise UserError(
+                    raise TemporaryError(
                         f"{what}; there is no local checkpoint either: try again, or begin anew "
                         "with --ckpt_path scratch"
                     ) from None
@@ -99,19 +99,27 @@ class Replicas:
 
         Returns:
             The checkpoint and its local folder; None if there is none.
+
+        Raises:
+            TemporaryError: There is none, and one could not be read.
         """
+        unread = None
         for info in reversed(self.list() if infos is None else infos):
             try:
                 return info, self.fetch(info)
             except UserError as error:
                 log.warning("falling back to the checkpoint before %s: %s", info.key, error)
+                unread = error if isinstance(error, TemporaryError) else unread
+        if unread is not None:
+            raise unread
         return None
 
     def fetch(self, info: CheckpointInfo) -> Path:
         """Return a local folder with a checkpoint of :meth:`list`, verified.
 
         Raises:
-            UserError: If no copy of it is whole, or none can be read.
+            UserError: If no copy of it is whole.
+            TemporaryError: If none can be read.
         """
         if info.key in self._here:
             try:
@@ -127,7 +135,7 @@ class Replicas:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{info.location} cannot be read: {one_line(error)}") from None
+            raise TemporaryError(f"{info.location} cannot be read: {one_line(error)}") from None
 
     def _download(self, info: CheckpointInfo) -> Path:
         from filelock import FileLock

@@ -1,7 +1,7 @@
 """The writing side of a run's checkpoints: save here, bring to safety there, keep the newest."""
 
 import time
-from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from smol.checkpoints.fence import Fence, FencedError
@@ -20,7 +20,8 @@ class Rotation:
         retention: What to keep.
         spare: How many local copies to keep although they are safe, at least 1.
         waiting_bytes: Size of the local copies that may wait for their upload.
-        protected: Keys never to delete, such as the one that the run was resumed from.
+        resumed: Folder of the checkpoint that the run was resumed from, which stays; it was
+            verified then.
     """
 
     def __init__(
@@ -30,16 +31,20 @@ class Rotation:
         retention: Retention | None = None,
         spare: int = 1,
         waiting_bytes: int | None = None,
-        protected: Collection[str] = (),
+        resumed: str | Path | None = None,
     ):
         self.local, self.retention = local, retention or Retention()
-        self.protected = frozenset(protected)
+        self.protected = frozenset({Path(resumed).name} if resumed is not None else ())
+        here = resumed is not None and Path(resumed).resolve().parent == Path(local.root).resolve()
+        sound = self.protected if here else ()
         self.fence = Fence(local)
         self.mirror: Mirror | None = None
         if remote is not None:
-            self.mirror = Mirror(local, remote, self.retention, spare, waiting_bytes, protected)
+            self.mirror = Mirror(
+                local, remote, self.retention, spare, waiting_bytes, self.protected, sound
+            )
         self._fenced = False
-        self._sound: set[str] = set()  # keys written or verified by this process
+        self._sound = set(sound)  # keys written or verified by this process
         self._news: list[News] = []
 
     @property

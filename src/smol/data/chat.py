@@ -6,7 +6,7 @@ it render the same. The project's own is ``chat_template.jinja`` beside this fil
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
 from functools import cache, cached_property
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from smol.data.card import write_json
-from smol.data.tokenizer import Tokenizer
+from smol.data.tokenizer import MARKERS, Tokenizer
 from smol.errors import UserError, one_line
 
 FILE = "chat_template.jinja"
@@ -47,7 +47,8 @@ class Rendered:
 class ChatTemplate:
     """A Jinja template and the tokenizer it belongs to.
 
-    What a message says is never read as a special token: ``<|im_end|>`` in it stays text.
+    What a message says is never read as a special token: ``<|im_end|>`` in it stays text. Not so
+    ``<think>`` and the other marks that an assistant writes, where a tokenizer has them so.
 
     Args:
         tokenizer: The tokenizer.
@@ -70,9 +71,8 @@ class ChatTemplate:
             ) from None
         added = tokenizer.backend.get_added_tokens_decoder()
         self._special = {t.content: i for i, t in added.items() if t.special}
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, longest_first)))
-        self._parts = re.compile(f"({self._specials.pattern}|{BEGIN}|{END})")
+        self._specials = _any_of(self._special.keys() - set(MARKERS))
+        self._parts = re.compile(f"({_any_of(self._special).pattern}|{BEGIN}|{END})")
 
     def render(
         self,
@@ -202,6 +202,18 @@ class ChatTemplate:
         return meta.find_undeclared_variables(environment.parse(self.source))
 
     @cached_property
+    def openings(self) -> dict[str, np.ndarray]:
+        """The tokens that a generation prompt adds to a question in each mode; int32."""
+        question = [{"role": "user", "content": "a"}]
+        options = {"date": "2025-07-01"}  # some templates ask for one
+        found = {}
+        for mode in MODES:
+            prompt = self.encode(question, mode=mode, add_generation_prompt=True, **options)
+            until = self.encode(question, mode=mode, **options)
+            found[mode] = prompt.tokens[len(until.tokens) :]
+        return found
+
+    @cached_property
     def stop_id(self) -> int:
         """The token that ends an assistant's turn.
 
@@ -219,6 +231,10 @@ class ChatTemplate:
                 "to stop; expected one such as <|im_end|>, known to the tokenizer"
             )
         return stop
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def default_source() -> str:
@@ -261,7 +277,7 @@ def load_chat_template(
     return source and ChatTemplate(tokenizer or load_tokenizer(folder), source)
 
 
-def save_chat_tokenizer(template: ChatTemplate, folder: str | Path) -> None:
+def save_chat_tokenizer(template: ChatTemplate, folder: str | Path, **defaults: Any) -> None:
     """Write a tokenizer with its chat template, for transformers and the servers built on it.
 
     Its end-of-text token is the one that ends an assistant's turn, so generation stops there.
@@ -269,6 +285,8 @@ def save_chat_tokenizer(template: ChatTemplate, folder: str | Path) -> None:
     Args:
         template: The template and its tokenizer.
         folder: Receives ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``.
+        defaults: What a model was trained with, such as ``date``: the values of variables of the
+            template where none are given.
     """
     backend, folder = template.tokenizer.backend, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -280,7 +298,14 @@ def save_chat_tokenizer(template: ChatTemplate, folder: str | Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 30,
     }
-    (folder / FILE).write_text(template.source, encoding="utf-8")
+    source = template.source
+    for name, value in defaults.items():
+        if value is None or name not in template.variables:
+            continue
+        line = f"{{%- set {name} = {name} | default(VALUE) %}}\n"
+        source = re.sub(re.escape(line).replace("VALUE", ".*"), "", source)  # of an earlier phase
+        source = (line.replace("VALUE", json.dumps(value)) if value else "") + source
+    (folder / FILE).write_text(source, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "tokenizer.json", json.loads(backend.to_str()))
 

@@ -111,7 +111,8 @@ class ChatData(PackedData):
             rank_zero_info(self.example(sys.stderr.isatty()))
             if self.trainer is not None and self.trainer.is_global_zero:
                 folder = Path(self.trainer.default_root_dir, "tokenizer")
-                save_chat_tokenizer(rendering.template, folder)
+                used = {"date": rendering.date, "bare": rendering.bare}
+                save_chat_tokenizer(rendering.template, folder, **used)
 
     def chat_template(self) -> ChatTemplate:
         """The template of the run.

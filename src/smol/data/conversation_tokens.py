@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,47 +11,16 @@ from typing import Any
 import numpy as np
 
 from smol.data.chat import MODES, ChatTemplate, Message, Rendered
+from smol.data.messages import SubsetConfig, read_messages
 from smol.data.packing import pieces
 from smol.data.prepare import split_of
 from smol.data.records import Records
 from smol.errors import UserError, nearest
 
-CHECKED = 64  # conversations of a set of which every turn is rendered once more
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # other names in use
+FORMAT = 2  # of the documents; part of the name they are kept under
+CHECKED = 64  # conversations of a set of which every turn is tokenised once more
 FLAGS = {"/think", "/no_think", "/system_override"}
 REASONING = re.compile(r"<think>\s*\S.*?</think>", re.DOTALL)
-
-
-@dataclass
-class SubsetConfig:
-    """One set of conversations.
-
-    Attributes:
-        path: A jsonl or parquet file, a glob, a folder, any fsspec URL, or
-            ``hub:NAME@CONFIG/SPLIT``.
-        weight: How much of it is read: 0.5 is half of the conversations, 2 each of them twice.
-        mode: ``think``, ``no_think``, or ``data``: as the first answer of each conversation does,
-            or its ``chat_template_kwargs`` say.
-        held_out: Share kept from training by the hash of the conversation, or the path of a set of
-            its own.
-        messages: Column of the messages.
-        prompt: Column of a question, together with ``response`` instead of ``messages``.
-        response: Column of its answer.
-        system: Column of a system message, for conversations without one.
-        tools: Column of the functions that the model may call, a list or JSON.
-        provenance: Where the set comes from; for people.
-    """
-
-    path: str
-    weight: float = 1.0
-    mode: str = "data"
-    held_out: float | str = 0.0
-    messages: str = "messages"
-    prompt: str | None = None
-    response: str | None = None
-    system: str | None = None
-    tools: str | None = None
-    provenance: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +48,7 @@ class Rendering:
         names = ("context", "train_on", "long", "date", "bare")
         own = {name: getattr(self, name) for name in names}
         template = {"template": self.template.source, "tokenizer": self.template.tokenizer.digest}
-        return own | template
+        return own | template | {"format": FORMAT}
 
 
 @dataclass(frozen=True)
@@ -133,64 +103,6 @@ def read_conversations(config: SubsetConfig, held_out: bool) -> Iterator[Convers
         yield Conversation(where, messages, mode, variables, strict)
 
 
-def read_messages(
-    record: Mapping[str, Any], config: SubsetConfig, where: str
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages of a record, and the variables it gives to the template.
-
-    Raises:
-        UserError: a column is missing, a message has no role, or the assistant has no turn.
-    """
-    if config.prompt:
-        names = {"user": config.prompt, "assistant": config.response}
-        messages = [{"role": r, "content": read_column(record, c, where)} for r, c in names.items()]
-    else:
-        messages = [_message(m, where) for m in read_column(record, config.messages, where)]
-    variables = {k: v for k, v in (record.get("chat_template_kwargs") or {}).items() if v}
-    if "enable_thinking" in (record.get("chat_template_kwargs") or {}):
-        variables["enable_thinking"] = record["chat_template_kwargs"]["enable_thinking"]
-    system = variables.pop("custom_instructions", None)
-    if config.system:
-        system = read_column(record, config.system, where) or system
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    if config.tools and (tools := read_column(record, config.tools, where)):
-        variables["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    if not any(m["role"] == "assistant" for m in messages):
-        raise UserError(
-            f"{where} has no turn of the assistant, so there is nothing to train on; remove it"
-        )
-    return messages, variables
-
-
-def read_column(record: Mapping[str, Any], name: str, where: str) -> Any:
-    """A column of a record.
-
-    Raises:
-        UserError: the record has no such column.
-    """
-    if name not in record:
-        known = ", ".join(map(repr, record)) or "none"
-        raise UserError(
-            f"{where} has no column '{name}', its columns are {known}; set the subset's messages, "
-            f"or prompt and response.{nearest(name, record)}"
-        )
-    return record[name]
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if isinstance(message, Mapping) and "from" in message:
-        message = {"role": message["from"], "content": message.get("value")}
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise UserError(f"{where}: a message is {str(message)[:60]!r}, expected role and content")
-    made = {key: value for key, value in message.items() if value is not None}
-    content = made.setdefault("content", "")
-    if not isinstance(content, str):
-        kind = type(content).__name__
-        raise UserError(f"{where}: the content of a message is of type {kind}, expected text")
-    return made | {"role": ROLES.get(made["role"], made["role"])}
-
-
 def has_reasoning(message: Message) -> bool:
     """Whether an answer holds reasoning."""
     given = message.get("reasoning_content") or ""
@@ -206,35 +118,44 @@ def documents(
         config: The set.
         rendering: How conversations become documents.
         held_out: Which side of the set.
-        notes: Receives ``modes`` (per mode the numbers of ``conversations``, ``tokens`` and
-            ``targets``), ``dropped`` and ``split``, the numbers of conversations too long.
+        notes: Receives ``modes`` (of the tokens trained on, how many are predicted in or before an
+            answer in each mode), ``dropped`` and ``split``, the numbers of conversations too long.
 
     Raises:
-        UserError: a record is no conversation, or a check fails.
+        UserError: a record is no conversation, a check fails, or all that is to be trained on is
+            too long.
     """
     notes |= {"modes": {}, "dropped": 0, "split": 0}
+    kept = longest = 0
     for number, conversation in enumerate(read_conversations(config, held_out)):
         document = encode(conversation, rendering)
-        check(conversation, document, rendering, every_turn=number < CHECKED)
+        modes = check(conversation, document, rendering, every_turn=number < CHECKED)
+        ends = document.trained & (document.tokens == rendering.template.stop_id)
+        answer = np.minimum(np.cumsum(ends) - ends, len(modes) - 1)  # which a token belongs to
         whole = len(document.tokens)
         if rendering.train_on == "all":
             document = Rendered(document.tokens, np.ones(whole, bool))
         else:
             whole = int(document.trained.nonzero()[0][-1]) + 1  # what follows is of no use
+        longest = max(longest, whole)
         if whole > rendering.context:
             notes["dropped" if rendering.long == "drop" else "split"] += 1
             if rendering.long == "drop":
                 continue
-        counts = notes["modes"].setdefault(
-            conversation.mode, {"conversations": 0, "tokens": 0, "targets": 0}
-        )
-        counts["conversations"] += 1
+        kept += 1
         for piece in pieces(whole, rendering.context):
             tokens, trained = document.tokens[piece], document.trained[piece]
             if trained[1:].any():
-                counts["tokens"] += len(tokens)
-                counts["targets"] += int(trained[1:].sum())
+                targets = np.bincount(answer[piece][1:][trained[1:]], minlength=len(modes))
+                for mode, count in zip(modes, targets.tolist(), strict=True):
+                    notes["modes"][mode] = notes["modes"].get(mode, 0) + count
                 yield [Rendered(tokens, trained)]
+    if notes["dropped"] and not kept and not held_out:
+        raise UserError(
+            f"{config.path}: all {notes['dropped']:,} conversations are longer than a row of "
+            f"{rendering.context:,} tokens; type --data.context_length {longest} to keep them all, "
+            "or --data.long split"
+        )
 
 
 def encode(
@@ -268,14 +189,18 @@ def _options(conversation: Conversation, rendering: Rendering) -> dict[str, Any]
 
 def check(
     conversation: Conversation, document: Rendered, rendering: Rendering, every_turn: bool
-) -> None:
+) -> list[str]:
     """Refuse what would be learnt wrongly.
 
     Args:
         conversation: The conversation.
         document: Its tokens.
         rendering: How they came about.
-        every_turn: Also render it turn by turn, and look for its system message.
+        every_turn: Also render it turn by turn, and look for its system message; done anyway
+            where an answer does not follow the generation prompt of the conversation's mode.
+
+    Returns:
+        The mode of each answer.
 
     Raises:
         UserError: an answer is not trained on to its end, or not in the mode that it must be in;
@@ -295,20 +220,37 @@ def check(
             f"{where}: chat_template_kwargs has {', '.join(sorted(unknown))}, which the chat "
             "template does not use; remove it, or name another template with data.chat_template"
         )
-    reasons = any(map(has_reasoning, answers))
-    if conversation.strict and reasons != MODES[conversation.mode]:
-        seen = "an answer reasons" if reasons else "no answer reasons"
-        raise UserError(f"{where}: {seen}, but the mode is {conversation.mode}; use mode: data")
-    if not every_turn:
-        return
     turns = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
-    for turn, prompt in ((turn + after, not after) for turn in turns for after in (0, 1)):
-        head = encode(conversation, rendering, turn, prompt).tokens
-        if not np.array_equal(tokens[: len(head)], head):
+    every_turn = every_turn or not _in_one_mode(conversation, document, template)
+    modes = []
+    for number, turn in enumerate(turns, 1):
+        mode = conversation.mode
+        if every_turn:
+            prompt = encode(conversation, rendering, turn, prompt=True).tokens
+            mode = _mode(prompt, mode, template)
+        modes.append(mode)
+        reasons = has_reasoning(conversation.messages[turn])
+        seen = f"answer {number} {'reasons' if reasons else 'does not reason'}"
+        if conversation.strict and reasons != MODES[mode]:
+            raise UserError(f"{where}: {seen}, but the mode is {mode}; use mode: data")
+        if not every_turn:
+            continue
+        if not begins(tokens, prompt) and begins(
+            tokens, encode(conversation, rendering, turn).tokens
+        ):
             raise UserError(
-                f"{where}: the chat template renders the first {turn} turns otherwise once others "
-                "follow, so the model would be trained on what it never sees"
+                f"{where}: the mode changes without a flag: {seen}, but the mode there is {mode}; "
+                f"end the question with /{'think' if reasons else 'no_think'}, or remove it"
             )
+        until = encode(conversation, rendering, turn + 1).tokens
+        if not (begins(tokens, prompt) and begins(tokens, until)):
+            raise UserError(
+                f"{where}: the chat template renders the first {turn + begins(tokens, prompt)} "
+                "turns otherwise once others follow, so the model would be trained on what it "
+                "never sees"
+            )
+    if not every_turn:
+        return modes
     system = conversation.system
     text = template.render(conversation.messages, **_options(conversation, rendering))
     if system not in " ".join(text.split()):
@@ -316,6 +258,33 @@ def check(
             f"{where}: the system message '{system[:40]}' is lost in rendering; expected a chat "
             "template that keeps it"
         )
+    return modes
+
+
+def _in_one_mode(conversation: Conversation, document: Rendered, template: ChatTemplate) -> bool:
+    """Whether no flag changes the mode, and each answer follows the generation prompt in it."""
+    users = (m["content"].split()[-1:] for m in conversation.messages if m["role"] == "user")
+    if any(FLAGS.intersection(last) for last in users):
+        return False
+    opening = template.openings[conversation.mode]
+    starts = np.flatnonzero(document.trained[1:] & ~document.trained[:-1]) + 1
+    return all(
+        np.array_equal(document.tokens[max(0, start - len(opening)) : start], opening)
+        for start in starts
+    )
+
+
+def _mode(prompt: np.ndarray, default: str, template: ChatTemplate) -> str:
+    """The mode that a generation prompt asks for, which flags in messages may have changed."""
+    openings = template.openings
+    by_default = sorted(MODES, key=lambda mode: mode != default)
+    found = (m for m in by_default if np.array_equal(prompt[-len(openings[m]) :], openings[m]))
+    return next(found, default)
+
+
+def begins(tokens: np.ndarray, head: np.ndarray) -> bool:
+    """Whether tokens begin with others."""
+    return np.array_equal(tokens[: len(head)], head)
 
 
 def check_subsets(subsets: Mapping[str, SubsetConfig]) -> None:
@@ -333,7 +302,7 @@ def check_subsets(subsets: Mapping[str, SubsetConfig]) -> None:
             )
         if bool(config.prompt) != bool(config.response):
             raise UserError(f"subset '{name}': prompt and response are columns that go together")
-        if config.weight < 0:
+        if not 0 <= config.weight < math.inf:
             raise UserError(f"subset '{name}': weight is {config.weight}, expected 0 or more")
         if not isinstance(config.held_out, str) and not 0 <= config.held_out < 1:
             raise UserError(

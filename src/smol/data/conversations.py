@@ -9,7 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from smol.data.chat import Rendered
 from smol.data.chat_data import ChatData
-from smol.data.conversation_tokens import Rendering, SubsetConfig, check_subsets, documents
+from smol.data.conversation_tokens import Rendering, check_subsets, documents
+from smol.data.messages import SubsetConfig
 from smol.data.tokenizer import Tokenizer
 from smol.errors import UserError, nearest
 from smol.paths import resolve
@@ -122,8 +123,8 @@ class Conversations(ChatData):
         yield f"{'subset':<28} {'documents':>10} {'tokens':>13} {'trained':>13} {'share':>6}  mode"
         for name, mine, items in zip(self.source_names, read, self.rows.sets, strict=True):
             notes, trained = items.notes, int(targets[mine].sum())
-            whole = sum(m["targets"] for m in notes["modes"].values())
-            shares = {mode: m["targets"] / whole for mode, m in notes["modes"].items() if whole}
+            whole = sum(notes["modes"].values())
+            shares = {mode: count / whole for mode, count in notes["modes"].items() if whole}
             for mode, share in shares.items():
                 modes[mode] = modes.get(mode, 0.0) + share * trained
             shown = ", ".join(f"{mode} {share:.0%}" for mode, share in sorted(shares.items()))
@@ -138,7 +139,7 @@ class Conversations(ChatData):
         yield f"{line} {1:>6.1%}  {by_mode}"
 
     def example(self, colour: bool) -> str:
-        """The first conversation of the first row, decoded; what is trained on is marked.
+        """The first conversation of the last row, decoded; what is trained on is marked.
 
         Args:
             colour: Mark by colour, not by «quotes».

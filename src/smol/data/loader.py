@@ -1,10 +1,11 @@
 """The one owner of the position: batches by position, to any worker and any rank."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -137,6 +138,29 @@ class _FromPosition(Sampler):
             position += segment.global_batch
 
 
+class _Workers(DataLoader):
+    """A loader whose workers outlive a signal that is sent to every process of a job.
+
+    What SIGTERM and SIGUSR1 ask for, a checkpoint, is for the process that trains, and to take the
+    next step it needs its workers.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, worker_init_fn=_ignore_signals, **kwargs)
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        for worker in getattr(batches, "_workers", ()):
+            # By which they are ended at last, also at the end of this process.
+            worker._popen.terminate = worker._popen.kill
+        return batches
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class PositionLoader:
     """An endless, seekable iterable of :class:`TokenBatch`.
 
@@ -218,7 +242,7 @@ class PositionLoader:
 
         They come by the plan as it is now, also if that changes before they are read.
         """
-        return DataLoader(
+        return _Workers(
             copy(self._dataset),
             batch_size=None,
             sampler=keys,

@@ -61,6 +61,10 @@ class PackedData(PositionedData):
             "micro_batch_tokens": micro_batch_tokens,
         }.items():
             check_positive(f"data.{key}", number)
+        if context_length == 1:
+            raise UserError(
+                "data.context_length is 1, expected at least 2: a token and the one to predict"
+            )
         if seed < 0 or num_workers < 0:
             raise UserError(
                 f"data.seed is {seed}, data.num_workers is {num_workers}; expected 0 or more"

@@ -7,20 +7,17 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
-
 from smol.data.chat import Rendered
 from smol.data.conversation_tokens import (
     CHECKED,
     Conversation,
     Rendering,
-    SubsetConfig,
+    begins,
     check,
     encode,
     has_reasoning,
-    read_column,
-    read_messages,
 )
+from smol.data.messages import SubsetConfig, read_column, read_messages
 from smol.data.prepare import split_of
 from smol.data.records import Records
 from smol.errors import UserError
@@ -126,7 +123,7 @@ def _pair(record: Mapping[str, Any], config: PairsConfig, where: str) -> Pair:
     strict = config.mode != "data"
     return Pair(
         Conversation(where, chosen, mode, variables, strict),
-        # Of whatever mode: that may be why it was rejected.
+        # May reason or not: that may be why it was rejected.
         Conversation(where, rejected, mode, variables),
         turns,
     )
@@ -170,19 +167,25 @@ def documents(
         held_out: Which side of the set.
         notes: Receives ``modes`` (per mode the numbers of ``pairs`` and of the tokens of their
             ``chosen`` and ``rejected`` answers), and how many pairs were ``dropped`` or ``cut`` for
-            their length, or left out because both answers are the ``same``.
+            their length, or left out because both answers are the ``same``, or the rejected one is
+            ``unasked``: it does not follow the generation prompt of the mode.
 
     Raises:
         UserError: a record is no pair, or a check fails.
     """
-    notes |= {"modes": {}, "dropped": 0, "cut": 0, "same": 0}
+    notes |= {"modes": {}, "dropped": 0, "cut": 0, "same": 0, "unasked": 0}
+    longest = 0
     for number, pair in enumerate(read_pairs(config, held_out)):
         if pair.same:
             notes["same"] += 1
             continue
         item = encode_pair(pair, rendering, every_turn=number < CHECKED)
-        whole = [len(document.tokens) for document in item]
-        if max(whole) > rendering.context:
+        if item is None:
+            notes["unasked"] += 1
+            continue
+        whole = max(len(document.tokens) for document in item)
+        longest = max(longest, whole)
+        if whole > rendering.context:
             end = slice(rendering.context)
             item = [Rendered(d.tokens[end], d.trained[end]) for d in item]
             cut = rendering.long == "cut" and all(d.trained.any() for d in item)
@@ -199,12 +202,16 @@ def documents(
     if notes["dropped"] and not notes["modes"]:
         raise UserError(
             f"{config.path}: all {notes['dropped']:,} pairs are longer than data.max_length, "
-            f"{rendering.context} tokens; type --data.context_length with a larger number"
+            f"{rendering.context} tokens; type --data.max_length {longest} --data.context_length "
+            f"{2 * longest}"
         )
 
 
-def encode_pair(pair: Pair, rendering: Rendering, every_turn: bool) -> list[Rendered]:
+def encode_pair(pair: Pair, rendering: Rendering, every_turn: bool) -> list[Rendered] | None:
     """The tokens of both answers after their prompt.
+
+    ``None`` if the rejected one does not follow what a model is given: in mode ``no_think``, one
+    that reasons stands in the place of the empty block that the generation prompt supplies.
 
     Args:
         pair: The pair.
@@ -214,12 +221,16 @@ def encode_pair(pair: Pair, rendering: Rendering, every_turn: bool) -> list[Rend
     Raises:
         UserError: a check fails.
     """
-    prompt = encode(pair.prompt, rendering).tokens
+    question = encode(pair.prompt, rendering).tokens
+    prompt = encode(pair.prompt, rendering, prompt=True).tokens
     item = []
     for side in (pair.chosen, pair.rejected):
         document = encode(side, rendering)
+        follows = begins(document.tokens, prompt)
+        if side is pair.rejected and begins(document.tokens, question) and not follows:
+            return None
         check(side, document, rendering, every_turn=every_turn and side is pair.chosen)
-        if not np.array_equal(document.tokens[: len(prompt)], prompt):
+        if not follows:
             raise UserError(
                 f"{side.where}: the chat template renders the prompt otherwise once an answer "
                 "follows, so the model would be trained on what it never sees"

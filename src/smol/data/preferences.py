@@ -14,10 +14,11 @@ from torch import Tensor
 from smol.data.batch import IGNORE
 from smol.data.chat import Rendered
 from smol.data.chat_data import ChatData
-from smol.data.conversation_tokens import Rendering, SubsetConfig, check_subsets
+from smol.data.conversation_tokens import Rendering, check_subsets
 from smol.data.conversations import show_document
 from smol.data.curriculum import Curriculum, Samples
 from smol.data.loader import RowLoader
+from smol.data.messages import SubsetConfig
 from smol.data.packed import Items, PackedBatch, PackedRows
 from smol.data.packed_data import HeldOutItems
 from smol.data.pairs import PairsConfig, documents
@@ -195,6 +196,7 @@ class Preferences(ChatData):
                 ("dropped", f"dropped, longer than {self.max_length} tokens"),
                 ("cut", f"cut to {self.max_length} tokens"),
                 ("same", "left out, both answers being the same"),
+                ("unasked", "left out, the rejected answer being in another mode than its prompt"),
             ):
                 if notes[what]:
                     line += f"; {notes[what]:,} {why}"

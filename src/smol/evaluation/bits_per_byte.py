@@ -1,6 +1,7 @@
 """Bits per byte: a likelihood that does not depend on the tokenizer."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -10,23 +11,34 @@ from torchmetrics import Metric
 from smol.data.batch import IGNORE
 from smol.data.tokenizer import Tokenizer
 
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what a byte-fallback tokenizer calls a single byte
+
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor:
-    """UTF-8 bytes each token adds to a text; 0 for special tokens. Shape ``(vocab,)``, int64."""
+    """UTF-8 bytes each token adds to a text; 0 for special tokens. Shape ``(vocab,)``, int64.
+
+    Of a tokenizer that puts a blank before a text, that blank is counted as well.
+    """
     backend = tokenizer.backend
-    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
-    byte_level = "ByteLevel" in repr(backend.decoder)
+    added = backend.get_added_tokens_decoder()
+    decoder = repr(backend.decoder)
+    byte_level, byte_fallback = "ByteLevel" in decoder, "ByteFallback" in decoder
     sizes = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    pieces: list[int] = []
     for piece, i in backend.get_vocab(with_added_tokens=True).items():
-        if i in special:
-            continue
         if i in added:
-            sizes[i] = len(added[i].encode())
+            sizes[i] = 0 if added[i].special else len(added[i].content.encode())
         elif byte_level:
             sizes[i] = len(piece)  # the byte-level alphabet writes each byte as one character
+        elif byte_fallback and BYTE.fullmatch(piece):
+            sizes[i] = 1
         else:
-            sizes[i] = len(backend.decode([i]).encode())
+            pieces.append(i)
+    if pieces:  # decoders treat the ends of a text in their own ways: ask within one
+        end = pieces[0]
+        texts = backend.decode_batch([[end, end], *([end, i, end] for i in pieces)])
+        empty, *lengths = (len(text.encode()) for text in texts)
+        sizes[pieces] = torch.tensor(lengths) - empty
     return sizes
 
 

@@ -56,7 +56,7 @@ def score(
             :func:`smol.evaluation.bits_per_byte.token_bytes` gives them.
         max_length: How many tokens the decoder may read; a longer context loses its beginning.
             ``None`` for no limit.
-        batch_tokens: How many tokens to compute at a time, about.
+        batch_tokens: How many tokens to compute at a time; more only for a longer request.
 
     Returns:
         One score per request, in their order.
@@ -68,7 +68,7 @@ def score(
     scores: dict[int, Score] = {}
     device = next(decoder.parameters()).device
     sizes = token_bytes.cpu()
-    for groups in _batches(_grouped(requests, max_length), batch_tokens):
+    for groups in _batches(_grouped(requests, max_length, batch_tokens), batch_tokens):
         layout = _Layout(groups, device)
         nll, best = decoder(
             layout.tokens,
@@ -100,23 +100,44 @@ class _Group:
         return len(self.context) + sum(len(tokens) - 1 for _, tokens in self.continuations)
 
 
-def _grouped(requests: Sequence[Request], max_length: int | None) -> list[_Group]:
-    groups: dict[tuple[int, ...], _Group] = {}
+def check_requests(requests: Sequence[Request], max_length: int | None) -> None:
+    """See that requests can be scored.
+
+    Raises:
+        UserError: As :func:`score`.
+    """
     for index, (context, continuation) in enumerate(requests):
         if not context or not continuation:
             empty = "continuation" if context else "context"
             raise UserError(f"request {index} has an empty {empty}, expected at least one token")
-        if max_length is not None:
-            room = max_length + 1 - len(continuation)  # the last token is not read
-            if room < 1:
-                raise UserError(
-                    f"request {index} continues with {len(continuation)} tokens, expected at most "
-                    f"{max_length}, the longest text that the model reads"
-                )
-            context = context[-room:]
+        if max_length is not None and len(continuation) > max_length:
+            raise UserError(
+                f"request {index} continues with {len(continuation)} tokens, expected at most "
+                f"{max_length}, the longest text that the model reads"
+            )
+
+
+def _grouped(
+    requests: Sequence[Request], max_length: int | None, batch_tokens: int
+) -> list[_Group]:
+    """Requests by context, longest first; what branches off is masked densely, so it stays short.
+
+    A group ends when it is full, and before a continuation that is longer than the context, with
+    which sharing would cost more than it saves.
+    """
+    check_requests(requests, max_length)
+    groups: list[_Group] = []
+    latest: dict[tuple[int, ...], _Group] = {}
+    for index, (context, continuation) in enumerate(requests):
+        if max_length is not None:  # the last token is not read
+            context = context[-(max_length + 1 - len(continuation)) :]
         key = tuple(context)
-        groups.setdefault(key, _Group(key)).continuations.append((index, continuation))
-    return sorted(groups.values(), key=lambda group: -group.length)
+        group, added = latest.get(key), len(continuation) - 1
+        if group is None or added > len(key) or group.length + added > batch_tokens:
+            groups.append(group := _Group(key))
+            latest[key] = group
+        group.continuations.append((index, continuation))
+    return sorted(groups, key=lambda group: -group.length)
 
 
 def _batches(groups: list[_Group], batch_tokens: int) -> Iterator[list[_Group]]:

@@ -12,6 +12,7 @@ from smol.errors import UserError, nearest
 from smol.generation.engine import Generator
 from smol.generation.row import Completion
 from smol.generation.sampling import Sampling
+from smol.generation.text import overlap
 
 BEGIN, END = "<think>", "</think>"
 COMMANDS = {
@@ -58,19 +59,26 @@ class Reply:
         return content | ({"log_probs": whole.log_probs} if log_probs else {})
 
 
-def split_reasoning(text: str) -> tuple[str | None, str]:
+def split_reasoning(text: str, finished: bool = True) -> tuple[str | None, str]:
     """Take apart what a model has written so far.
+
+    Args:
+        text: Reasoning and answer.
+        finished: Nothing follows. Otherwise the end is held back where it may be the beginning of a
+            ``<think>`` or ``</think>``, so that both parts only grow with the text.
 
     Returns:
         What stands between ``<think>`` and ``</think>``, ``None`` if nothing does, and the answer.
         Before the end of the reasoning there is no answer.
     """
     text = text.strip()
-    if text and BEGIN.startswith(text):
-        return None, ""  # may become reasoning
+    if not finished and BEGIN.startswith(text):
+        return None, ""
     if not text.startswith(BEGIN):
         return None, text
-    reasoning, _, answer = text.removeprefix(BEGIN).partition(END)
+    reasoning, end, answer = text.removeprefix(BEGIN).partition(END)
+    if not finished and not end:
+        reasoning = reasoning[: len(reasoning) - overlap(reasoning, END)]
     return reasoning.strip() or None, answer.strip()
 
 
@@ -91,7 +99,7 @@ def chat_prompt(
     Raises:
         UserError: The template refuses the messages.
     """
-    # Only a template that asks for today's date gets it: others were trained without.
+    # A template that asks for today's date gets it; that of a run has its date written in.
     day = date.today().isoformat() if "strftime_now" in template.source else None
     options = {"mode": mode, "date": day, "add_generation_prompt": True, **variables}
     text = template.render(messages, **options)
@@ -139,7 +147,7 @@ class Conversation:
             stop_ids = (*sampling.stop_ids, template.stop_id)
             sampling = replace(sampling, stop_ids=stop_ids)
         self.sampling, self.begin = sampling, list(begin)
-        self.system, self.mode = system, mode
+        self.system, self._wanted = system, mode
         self.reply: Reply | None = None
         if mode is not None:
             self._check_modes()
@@ -148,7 +156,8 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said, but not the system prompt."""
+        """Forget what was said, but neither the system prompt nor the mode."""
+        self.mode = self._wanted
         self.messages: list[dict[str, str]] = []
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
@@ -161,8 +170,8 @@ class Conversation:
             UserError: The template knows no modes.
         """
         self._check_modes()
-        spoken = any(message["role"] == "user" for message in self.messages)
-        if spoken and self._reads_flags():
+        self._wanted = mode
+        if self._spoken and self._reads_flags():
             self._flag = f"/{mode}"  # the turns before stay as they were
         else:
             self.mode = mode
@@ -205,6 +214,12 @@ class Conversation:
         started = time.perf_counter()
         turn = {"role": "user", "content": f"{question} {self._flag}" if self._flag else question}
         prompt, opened = self._prompt([*self.messages, turn], question)
+        limit = self.generator.max_length
+        if self._spoken and limit is not None and len(prompt) >= limit:
+            raise UserError(
+                f"the conversation has {len(prompt)} tokens, which leaves no room for an answer; "
+                f"expected fewer than {limit}. Type /reset to begin anew."
+            )
         stream = self.generator.stream(prompt, self.sampling)
         self._flag = None
         if opened:  # the prompt begins the reasoning
@@ -225,6 +240,10 @@ class Conversation:
         if self.template is None:
             return self.begin + self.tokenizer.encode(question), ""
         return chat_prompt(self.template, messages, self.mode)
+
+    @property
+    def _spoken(self) -> bool:
+        return any(message["role"] == "user" for message in self.messages)
 
     def _check_template(self, wish: str) -> None:
         if self.template is None:

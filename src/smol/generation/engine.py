@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from smol.errors import UserError
 from smol.generation.cache import KVCache
-from smol.generation.packing import inference_copy, linear
+from smol.generation.choice import choose, penalize_repetition
+from smol.generation.inference_copy import inference_copy, linear
 from smol.generation.row import Completion, Row
-from smol.generation.sampling import Sampling, choose, penalize_repetition
+from smol.generation.sampling import Sampling
 from smol.generation.text import Decodes
 from smol.model import Decoder
 
@@ -87,12 +88,12 @@ class Generator:
         rows = [self._row(*pair) for pair in zip(prompts, samplings, strict=True)]
         capacity = max(1, min(batch_size, len(rows)))
         self._reserve(capacity, max((row.limit for row in rows), default=1))
-        self._cache.clear()
         # Neighbours of about the same length need little padding.
         waiting = deque(sorted(rows, key=lambda row: len(row.prompt)))
         active: list[Row] = []
         sharded = any(isinstance(weight, DTensor) for weight in self.decoder.parameters())
-        with _inference(self.decoder):
+        with self._passes():
+            self._cache.clear()
             while _anybody(bool(active or waiting), sharded, self._device):
                 if len(active) < capacity and waiting:
                     self._begin(active, waiting, capacity)
@@ -146,8 +147,21 @@ class Generator:
         if cache is not None and cache.rows >= rows and cache.length >= length:
             return False
         length = -(-length // CACHE_STEP) * CACHE_STEP
+        if self.max_length is not None:
+            length = min(length, self.max_length)
+        self._cache = cache = None  # its memory is free before more is taken
         self._cache = KVCache(self.decoder.config.num_layers, rows, length)
         return True
+
+    @contextmanager
+    def _passes(self) -> Iterator[None]:
+        """Forward passes; one that fails leaves no cache behind that is half there."""
+        try:
+            with _inference(self.decoder):
+                yield
+        except BaseException:
+            self._cache = None
+            raise
 
     def _begin(self, active: list[Row], waiting: deque[Row], capacity: int) -> None:
         """Take up prompts behind the active rows and choose the first token of each."""
@@ -234,7 +248,7 @@ class Generator:
         # Twice what was too small, so that a growing conversation seldom begins anew.
         if self._reserve(1, row.limit if row.limit <= room else max(row.limit, 2 * room)):
             shared = 0
-        with _inference(self.decoder):
+        with self._passes():
             self._choose([row], self._forward(torch.tensor([known[shared:]]), [shared]))
         self._held = row, known
 

@@ -60,14 +60,14 @@ class TextStream:
     def _add(self, new: str) -> bool:
         pending = self._pending + new
         ends = [place for stop in self.stop if (place := pending.find(stop)) >= 0]
-        held = max((_overlap(pending, stop) for stop in self.stop), default=0)
+        held = max((overlap(pending, stop) for stop in self.stop), default=0)
         end = min(ends, default=len(pending) - held)
         self.text += pending[:end]
         self._pending = "" if ends else pending[end:]
         return bool(ends)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that ``stop`` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

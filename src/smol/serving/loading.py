@@ -8,9 +8,7 @@ from smol.errors import UserError
 from smol.evaluation.language_model import LanguageModel, load_language_model
 from smol.evaluation.model_folder import find_model
 from smol.generation.engine import Generator
-from smol.generation.packing import can_pack
-
-DTYPES = ("auto", "float32", "bfloat16")
+from smol.generation.inference_copy import can_pack
 
 
 def load_generator(
@@ -25,7 +23,8 @@ def load_generator(
         path: A run, a checkpoint, a decoder folder or a Hugging Face folder.
         tokenizer: Folder of the tokenizer, where it is not the one that goes with the model.
         max_length: Tokens of a text at most; by default what the model was trained with.
-        dtype: One of :data:`DTYPES`; ``auto`` is the fastest that the device multiplies.
+        dtype: One of :data:`~smol.serving.flags.DTYPES`; ``auto`` is the fastest that the device
+            multiplies.
 
     Returns:
         The generator, which has a copy of the weights, and the model: tokenizer, template, limits.

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import threading
 import time
 import uuid
@@ -11,18 +12,13 @@ from typing import Any
 
 from aiohttp import web
 
-from smol.errors import UserError
+from smol.errors import UserError, one_line
 from smol.evaluation.language_model import LanguageModel
-from smol.generation.chat import chat_prompt, split_reasoning
+from smol.generation.chat import split_reasoning
 from smol.generation.engine import Generator, Stream
-from smol.generation.sampling import Sampling
+from smol.serving.requests import Request, read_request
 
-# Names of our settings by those of a request.
-SETTINGS = {
-    name: name for name in ("temperature", "top_k", "top_p", "min_p", "stop", "stop_ids", "seed")
-}
-SETTINGS |= {"repetition_penalty": "repetition_penalty", "max_tokens": "max_new_tokens"}
-SETTINGS |= {"max_completion_tokens": "max_new_tokens", "stop_token_ids": "stop_ids"}
+LOG = logging.getLogger(__name__)
 
 
 class Server:
@@ -52,74 +48,75 @@ class Server:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, chat=False)
 
-    async def _answer(self, request: web.Request, chat: bool) -> web.StreamResponse:
+    async def _answer(self, http: web.Request, chat: bool) -> web.StreamResponse:
+        generator = self.generator
         try:
-            body = await request.json()
-            prompt, opened, sampling = self._read(body, chat)
-            stream = self.generator.stream(prompt, sampling)
-        except (UserError, ValueError, TypeError, KeyError) as error:
+            request = read_request(await http.json(), self.model, generator.max_length, chat)
+            stream = generator.stream(request.prompt, request.sampling)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             message = str(error) if isinstance(error, UserError) else f"bad request: {error!r}"
-            error = {"message": message, "type": "invalid_request_error"}
-            return web.json_response({"error": error}, status=400)
+            return web.json_response(_error(message, "invalid_request_error"), status=400)
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": self.model.name,
         }
-        if body.get("stream"):
-            return await self._send_pieces(request, stream, opened, head, chat)
-        async for _ in self._pieces(stream):
-            pass
+        if request.stream:
+            return await self._send_pieces(http, request, stream, head, chat)
+        try:
+            async with aclosing(self._pieces(stream)) as pieces:
+                async for _ in pieces:
+                    pass
+        except Exception as error:
+            LOG.exception("a request failed")
+            return web.json_response(_error(one_line(error), "server_error"), status=500)
         done = stream.completion
-        content = _content(opened + done.text, chat) | ({"role": "assistant"} if chat else {})
-        counts = {"prompt_tokens": len(prompt), "completion_tokens": len(done.tokens)}
-        usage = {"usage": counts | {"total_tokens": sum(counts.values())}}
-        answer = head | _choice(content, done.finish_reason, chat, "message") | usage
-        return web.json_response(answer)
+        content = _content(request.opened + done.text, chat, finished=True)
+        content |= {"role": "assistant"} if chat else {}
+        choice = _choice(content, done.finish_reason, chat, "message")
+        return web.json_response(head | choice | _usage(request, stream))
 
     async def _send_pieces(
-        self, request: web.Request, stream: Stream, opened: str, head: dict[str, Any], chat: bool
+        self,
+        http: web.Request,
+        request: Request,
+        stream: Stream,
+        head: dict[str, Any],
+        chat: bool,
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
+        await response.prepare(http)
         if chat:
             head["object"] += ".chunk"
         sent = _content("", chat)
-        with suppress(ConnectionResetError):  # the client has gone
-            async with aclosing(self._pieces(stream)) as pieces:
-                async for written in pieces:
-                    content = _content(opened + written, chat)
-                    delta = {key: text[len(sent[key]) :] for key, text in content.items()}
-                    sent = content
-                    if any(delta.values()):
-                        await _send(response, head | _choice(delta, None, chat, "delta"))
-            end = _choice({}, stream.completion.finish_reason, chat, "delta")
-            await _send(response, head | end)
-            await response.write(b"data: [DONE]\n\n")
-        return response
 
-    def _read(self, body: dict[str, Any], chat: bool) -> tuple[list[int], str, Sampling]:
-        """Prompt, what it has begun of the answer, and settings of a request."""
-        if body.get("n", 1) != 1:
-            raise UserError(f"n is {body['n']}, expected 1.")
-        # Where a request is silent, OpenAI's defaults.
-        values = {"temperature": 1.0, "seed": time.time_ns() % 2**32}
-        values |= {SETTINGS[k]: v for k, v in body.items() if k in SETTINGS and v is not None}
-        template = self.model.template
-        if not chat:
-            prompt = body["prompt"]
-            if isinstance(prompt, str):
-                prompt = [*self.model.begin, *self.model.tokenizer.encode(prompt)]
-            return prompt, "", Sampling(**values)
-        if template is None:
-            raise UserError("the model has no chat template; expected /v1/completions.")
-        values["stop_ids"] = (*values.get("stop_ids", ()), template.stop_id)
-        variables = body.get("chat_template_kwargs") or {}
-        prompt, opened = chat_prompt(
-            template, body["messages"], tools=body.get("tools"), **variables
-        )
-        return prompt, opened, Sampling(**values)
+        async def send_rest(written: str, finished: bool) -> None:
+            nonlocal sent
+            content = _content(request.opened + written, chat, finished)
+            delta = {key: text[len(sent[key]) :] for key, text in content.items()}
+            sent = content
+            if any(delta.values()):
+                await _send(response, head | _choice(delta, None, chat, "delta"))
+
+        with suppress(ConnectionResetError):  # the client has gone
+            try:
+                async with aclosing(self._pieces(stream)) as pieces:
+                    async for written in pieces:
+                        await send_rest(written, finished=False)
+            except ConnectionResetError:
+                raise
+            except Exception as error:
+                LOG.exception("a request failed")
+                await _send(response, _error(one_line(error), "server_error"))
+            else:
+                done = stream.completion
+                await send_rest(done.text, finished=True)
+                await _send(response, head | _choice({}, done.finish_reason, chat, "delta"))
+                if request.usage:
+                    await _send(response, head | {"choices": []} | _usage(request, stream))
+                await response.write(b"data: [DONE]\n\n")
+        return response
 
     async def _pieces(self, stream: Stream) -> AsyncIterator[str]:
         """What is written so far, again and again; the work is done in another thread."""
@@ -146,16 +143,26 @@ class Server:
                 await working
 
 
-def _content(text: str, chat: bool) -> dict[str, str]:
+def _content(text: str, chat: bool, finished: bool = False) -> dict[str, str]:
     if not chat:
         return {"text": text}
-    reasoning, answer = split_reasoning(text)
+    reasoning, answer = split_reasoning(text, finished)
     return {"content": answer, "reasoning_content": reasoning or ""}
 
 
 def _choice(content: dict[str, str], reason: str | None, chat: bool, name: str) -> dict[str, Any]:
     content = {name: content} if chat else {"text": "", **content}
     return {"choices": [{"index": 0, "finish_reason": reason, **content}]}
+
+
+def _usage(request: Request, stream: Stream) -> dict[str, Any]:
+    read, written = len(request.prompt), len(stream.completion.tokens)
+    counts = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return {"usage": counts}
+
+
+def _error(message: str, kind: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind}}
 
 
 async def _send(response: web.StreamResponse, content: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ def wrong(task: Task, mode: str, rng: random.Random) -> dict[str, str]:
 
 
 def wrong_mode(task: Task, mode: str, rng: random.Random) -> dict[str, str]:
-    """Right, but with reasoning that was not asked for, or without what was."""
-    return answer(task, "no_think" if mode == "think" else "think")
+    """Right, but without the reasoning that was asked for."""
+    return answer(task, "no_think")
 
 
 def wordy(task: Task, mode: str, rng: random.Random) -> dict[str, str]:
@@ -64,7 +64,8 @@ def records(mode: str, count: int, seed: int = SEED, split: str = "train") -> It
     source = tasks(split, seed + (mode == "think"))
     for number in range(count):
         rng = random.Random(f"{seed}/{split}/{mode}/{number}")
-        flaw = rng.choice(list(FLAWS))
+        # After the empty block that begins an answer without reasoning, none can be begun.
+        flaw = rng.choice([f for f in FLAWS if f != "wrong_mode" or mode == "think"])
         turns: list[tuple[Task, str]] = []
         if rng.random() < 0.25:
             turns = [(next(source), rng.choice(("think", "no_think")))]
