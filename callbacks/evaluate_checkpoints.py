@@ -9,7 +9,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.events import record
 from smol.errors import UserError
 from smol.evaluation.tasks import load_task
-from smol.paths import project_root
 
 LOG = "evaluation.log"
 
@@ -20,8 +19,8 @@ class EvaluateCheckpoints(Callback):
     Results are in ``evaluation.json`` and ``evaluation.md`` of the run folder, what the process
     says in ``evaluation.log``. Training does not wait for it, but its end does, for the checkpoints
     that are not evaluated yet. A process that fails harms nothing and is told of at the end (event
-    ``evaluation_failed``). If training dies, the process finishes what is there and ends, too. A
-    checkpoint that the rotation removes before its turn is passed over.
+    ``evaluation_failed``). If training dies or fails, the process finishes what is there by itself.
+    A checkpoint that the rotation removes before its turn is passed over.
 
     .. code-block:: yaml
 
@@ -67,29 +66,27 @@ class EvaluateCheckpoints(Callback):
                 stdin=subprocess.PIPE,  # it ends when this does
                 stdout=log,
                 stderr=log,
-                cwd=project_root(),
                 start_new_session=True,  # Ctrl-C is meant for the training
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer, self.patience)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._finish(trainer, 0)
-
-    def _finish(self, trainer: Trainer, patience: float) -> None:
         process, self._process = self._process, None
         if process is None:
             return
         process.stdin.close()
         try:
-            status = process.wait(patience)
+            status = process.wait(self.patience)
         except subprocess.TimeoutExpired:
             process.terminate()
             process.wait()
-            status = f"stopped after {patience:g} seconds"
+            status = f"stopped after {self.patience:g} seconds"
         if status:
             said = Path(trainer.default_root_dir, LOG).read_text(encoding="utf-8").splitlines()
             record(trainer, "evaluation_failed", f"{said[-1] if said else ''} ({status})")
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if self._process is not None:  # it finishes what is there by itself
+            self._process.stdin.close()
+            self._process = None

@@ -108,6 +108,72 @@ def test_a_restart_logs_no_step_twice(sources, tmp_path, tasks):
     assert list(logged(run)) == [2, 4]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: cloze\ndata: gone.jsonl\nprompt: x\nanswer: gold", "gone.jsonl"),
+        ("metric: exact\nkind: generative\ndata: words.jsonl\nprompt: x\nanswer: gold", "'exact'"),
+        ("kind: cloze\ndata: words.jsonl\nprompt: '{{ 1 / 0 }}'\nanswer: gold", "ZeroDivision"),
+        ("kind: cloze\ndata: words.jsonl\nprompt: x\nanswer: q * 99", "tokens, expected at most"),
+        ("kind: chat\nmetric: exact_match\ndata: words.jsonl\nprompt: x\nanswer: gold", "template"),
+    ],
+)
+def test_a_mistake_in_a_task_is_told_before_the_first_step(
+    sources, tmp_path, tasks, monkeypatch, text, message
+):
+    monkeypatch.setenv("SMOL_ROOT", str(tmp_path))  # where relative paths start
+    (tmp_path / "wrong.yaml").write_text(text)
+    steps = []
+
+    class Count(Callback):
+        def on_train_batch_start(self, *_):
+            steps.append(1)
+
+    with pytest.raises(UserError, match=message) as error:
+        fit(tmp_path / "run", sources, 2, EvaluateTasks(["wrong.yaml"], every=1), Count())
+    assert "\n" not in str(error.value)
+    assert not steps
+
+
+def failures(run):
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event["message"] for event in events if event["kind"] == "evaluation_failed"]
+
+
+def test_what_fails_while_training_is_an_event(sources, tmp_path, tasks):
+    class Gone(Callback):
+        def on_train_batch_start(self, *_):
+            (tmp_path / "words.jsonl").unlink(missing_ok=True)
+
+    run, callback = tmp_path / "run", EvaluateTasks(tasks[:1], every=1)
+    module = fit(run, sources, 2, callback, Gone(), Events())
+    assert module.trainer.global_step == 2
+    assert len(failures(run)) == 2
+    assert all("words.jsonl: no such file" in message for message in failures(run))
+    assert callback.metrics == {}
+
+
+@pytest.mark.parametrize("wrong", ["memory", "weights"])
+def test_a_runtime_error_while_training_is_an_event(sources, tmp_path, tasks, monkeypatch, wrong):
+    class Breaks(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if wrong == "weights":
+                next(module.decoder.parameters()).data.fill_(torch.nan)
+
+    def fails(*_):
+        raise RuntimeError("out of\nmemory")
+
+    if wrong == "memory":
+        monkeypatch.setattr("callbacks.evaluate_tasks.measure", fails)
+    run, callback = tmp_path / "run", EvaluateTasks(tasks[:1], every=2)
+    module = fit(run, sources, 3, Breaks(), callback, Events())
+    assert module.trainer.global_step == 3
+    assert all(part.training for part in module.decoder.modules())
+    messages = {"memory": "RuntimeError: out of memory", "weights": "log-probabilities are not num"}
+    assert len(failures(run)) == 2
+    assert all(messages[wrong] in message for message in failures(run))
+
+
 def test_other_modules_and_data_are_left_alone(tmp_path, tasks):
     trainer = make_trainer(tmp_path, 2, plugins=[], callbacks=[callback := EvaluateTasks(tasks)])
     trainer.fit(BoringModel())
@@ -120,6 +186,7 @@ def test_other_modules_and_data_are_left_alone(tmp_path, tasks):
         ({"tasks": []}, "EvaluateTasks tasks is empty, expected at least one"),
         ({"tasks": ["arc_easy"], "every": -1}, "EvaluateTasks every is -1, expected 0 or more"),
         ({"tasks": ["arc_easy"], "limit": 0}, "EvaluateTasks limit is 0, expected 1 or more"),
+        ({"tasks": ["arc_easy"], "modes": ["thinking"]}, "modes holds 'thinking' .*expected"),
         ({"tasks": ["arc_hard"]}, "no task 'arc_hard', expected the path of a YAML file"),
     ],
 )
@@ -159,6 +226,26 @@ def test_a_process_that_fails_harms_nothing_and_is_told_of(sources, tmp_path, ta
     (failed,) = [event for event in events if event["kind"] == "evaluation_failed"]
     assert failed["message"].startswith("error: --device abacus cannot be used here")
     assert events[-1]["kind"] == "evaluation_failed"
+
+
+def test_training_that_fails_leaves_the_process_to_itself(sources, tmp_path, tasks, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the process looks for the task, too
+
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            raise RuntimeError("as it happens")
+
+    beside, processes = EvaluateCheckpoints(["words.yaml"]), []
+
+    class Keep(Callback):
+        def on_train_batch_start(self, *_):
+            processes.append(beside._process)
+
+    run = describe(tmp_path / "run", sources)
+    with pytest.raises(RuntimeError, match="as it happens"):
+        fit(run, sources, 2, CheckpointRotation(every=1), beside, Keep(), Fails(), Events())
+    assert processes[0].wait(120) == 0
+    assert "evaluation_failed" not in (run / "events.jsonl").read_text()
 
 
 class Killed(Callback):

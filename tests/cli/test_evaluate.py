@@ -12,6 +12,7 @@ import yaml
 from tiny import WORDS, make_data, make_module, make_trainer
 
 from callbacks import CheckpointRotation
+from smol.errors import UserError
 from smol.evaluation.command import main
 from smol.evaluation.measure import measure
 from smol.evaluation.results import Results
@@ -96,7 +97,48 @@ def test_what_is_there_is_not_measured_again(runs, capsys, monkeypatch):
     assert "is there already" not in capsys.readouterr().err
     assert main([*line[:-1], "3", "--force"]) == 0
     assert "is there already" not in capsys.readouterr().err
-    assert len(Results(runs / "there").rows()) == 1
+    rows = Results(runs / "there").rows()
+    assert [row.settings for row in rows] == [{"limit": 4}, {"limit": 3}]  # neither is lost
+    header = (runs / "there" / "evaluation.md").read_text().splitlines()[0].split(" | ")
+    assert [cell.strip(" |") for cell in header[3:]] == ["long@3 limit=4", "long@3 limit=3"]
+
+
+def test_models_of_one_name_do_not_replace_each_other(runs, capsys):
+    for name in ("short", "long"):
+        shutil.copytree(runs / "runs" / name, runs / name / "run")
+        checkpoint = next((runs / name / "run" / "checkpoints").glob("step-00000001-*"), None)
+        for other in (runs / name / "run" / "checkpoints").glob("step-*"):
+            if checkpoint is None or other != checkpoint:
+                other.rename(other.with_name(other.name.replace(other.name[:13], "step-00000001")))
+        assert main([f"{name}/run", "--tasks", "words.yaml", "--out", "there"]) == 0
+    rows = Results(runs / "there").rows()
+    assert len(rows) == 2
+    assert {row.model for row in rows} == {"run@1"}
+    header = (runs / "there" / "evaluation.md").read_text().splitlines()[0]
+    assert all(f"run@1 #{row.weights[:8]}" in header for row in rows)
+
+
+def test_a_changed_description_or_tokenizer_is_another_model(runs):
+    from smol.evaluation.model_folder import ModelFolder
+
+    names = ("config.json", "decoder.json", "model.safetensors", "tokenizer.json")
+    for name in (*names, "tokenizer_config.json", "chat_template.jinja"):
+        seen = set()
+        for text in ("{}", "{ }"):
+            (runs / name).write_text(text)
+            seen.add(ModelFolder(runs, runs, runs, "m", runs, True).fingerprint)
+        assert len(seen) == 2, name
+
+
+@pytest.mark.parametrize("text", ['{"mine": [1]}', "[]", '{"results": [{"model": "a"}]}', "{"])
+def test_a_file_that_is_not_ours_stays(runs, capsys, text):
+    (runs / "other").mkdir()
+    (runs / "other" / "evaluation.json").write_text(text)
+    assert main(["runs/long", "--tasks", "words.yaml", "--out", "other"]) == 2
+    err = capsys.readouterr().err
+    assert "other/evaluation.json is damaged or no file of results (" in err
+    assert err.count("\n") == 1
+    assert (runs / "other" / "evaluation.json").read_text() == text
 
 
 def test_an_interrupted_evaluation_goes_on_at_the_next_task(runs, capsys, monkeypatch):
@@ -152,6 +194,33 @@ def test_watching_a_run_evaluates_every_checkpoint_and_ends_with_its_input(
     assert [row.model for row in rows] == ["long@2", "long@3"]
 
 
+def test_watching_goes_on_after_a_checkpoint_that_fails(runs, capsys, monkeypatch):
+    from smol.evaluation import runner
+
+    evaluate_model, removed = runner.evaluate_model, runs / "runs" / "long" / "checkpoints"
+
+    def fails_at_first(folder, settings):
+        if folder.name == "long@2":
+            raise RuntimeError("out of memory")
+        return evaluate_model(folder, settings)
+
+    monkeypatch.setattr(runner, "evaluate_model", fails_at_first)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(["runs/long", "--tasks", "words.yaml", "--watch"]) == 2
+    assert "could not be evaluated: RuntimeError: out of memory" in capsys.readouterr().err
+    assert [row.model for row in Results(runs / "runs" / "long").rows()] == ["long@3"]
+
+    def removes(folder, settings):  # as the rotation does: the marker goes before the folder
+        (folder.weights / "COMMITTED").unlink()
+        raise UserError("no weights")
+
+    monkeypatch.setattr(runner, "evaluate_model", removes)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(["runs/long", "--tasks", "words.yaml", "--watch"]) == 0
+    assert "was removed before its turn (UserError)" in capsys.readouterr().err
+    assert removed.is_dir()
+
+
 def test_as_a_script(runs):
     line = [sys.executable, str(SCRIPT), "runs/short", "--tasks", "words.yaml", "--limit", "2"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=runs)
@@ -174,6 +243,9 @@ def test_as_a_script(runs):
         ("--tasks words.yaml", "the following arguments are required: MODEL."),
         ("runs/long --tasks gone.yaml", "gone.jsonl"),
         ("runs/long runs/short --tasks words.yaml --watch", "--watch looks after one run, 2 were"),
+        ("runs/lonk --tasks words.yaml --watch", "runs/lonk is not there; expected a run's folder"),
+        ("configs --tasks words.yaml --watch", "configs is no run's folder, expected checkpoints/"),
+        ("runs/long --tasks words.yaml --out words.yaml", "words.yaml is or lies in a file, expe"),
         ("runs/long --tasks words.yaml --tokenizer .", ". has no tokenizer.json"),
         ("runs/long --tasks talk.yaml", "long@3 has no chat template, which task talk needs"),
         ("runs/long --tasks hub.yaml", "dataset nobody/nothing: cannot be loaded"),

@@ -4,7 +4,14 @@ import pytest
 
 from smol.errors import UserError
 from smol.evaluation.constraints import CHECKS, follows
-from smol.evaluation.graders import GRADERS, constraints, exact_match, maths, number
+from smol.evaluation.graders import (
+    GRADERS,
+    constraints,
+    exact_match,
+    generated_task,
+    maths,
+    number,
+)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +133,18 @@ def test_mistakes_in_instructions_are_one_line():
         follows("a", "no_comma")
     with pytest.raises(UserError, match="startend:end_checker has other arguments than it needs"):
         follows("a", "startend:end_checker", {"end": "b"})
+
+
+@pytest.mark.parametrize("expected", ["ab", ["ab", []], [["a"], []], None])
+def test_constraints_need_two_lists(expected):
+    with pytest.raises(UserError, match="expected two lists for metric constraints"):
+        constraints("a", expected)
+
+
+@pytest.mark.parametrize("expected", ["ab", {"kind": "sum"}])
+def test_a_generated_task_needs_its_fields(expected):
+    with pytest.raises(UserError, match="expected a dictionary for metric generated_task, of ans"):
+        generated_task("a", expected)
 
 
 def test_graders_go_by_their_names():

@@ -52,3 +52,9 @@ def test_a_ratio_is_of_sums_and_draws_pairs():
     found = ratio(bits, sizes)
     assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
     assert ratio([1.0, 9.0], [1, 3]).value == 2.5
+
+
+def test_one_item_has_no_interval():
+    assert ratio([6.0], [3]) == Estimate(2.0, None, None, 1)
+    assert ratio([6.0], [3]).scaled(1, 2) == Estimate(2.0, None, None, 1)
+    assert proportion([1]).low < 0.25  # but one hit does say something

@@ -134,6 +134,13 @@ def test_bytes_of_a_byte_fallback_tokenizer_add_up(tmp_path, text):
     assert int(sizes[tokenizer.encode(text)].sum()) == len(text.encode()) + 1  # and a blank before
 
 
+def test_what_is_not_a_number_is_no_result():
+    decoder = tiny_decoder(VOCAB)
+    next(decoder.parameters()).data.fill_(torch.nan)
+    with pytest.raises(UserError, match="log-probabilities are not numbers"):
+        score(decoder, [([1], [2])], SIZES)
+
+
 def test_a_long_context_loses_its_beginning():
     context, continuation = list(range(20)), [5, 6, 7]
     (cut,) = score(DECODER, [(context, continuation)], SIZES, max_length=8)

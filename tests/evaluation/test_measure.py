@@ -41,7 +41,7 @@ def test_a_cloze_task(sources, data):
     for record in RECORDS:
         texts = [" " + option for option in record["options"]]
         log_probs = [by_hand(model, record["q"], text)[0] for text in texts]
-        rates = [value / len(text) for value, text in zip(log_probs, texts, strict=True)]
+        rates = [v / len(text) for v, text in zip(log_probs, record["options"], strict=True)]
         hits += log_probs.index(max(log_probs)) == record["gold"]
         hits_per_byte += rates.index(max(rates)) == record["gold"]
         bits -= log_probs[record["gold"]] / math.log(2)

@@ -46,6 +46,23 @@ def test_examples_are_drawn_with_a_seed_and_never_the_question(data):
     assert len({str(examples) for examples in drawn}) > 4
 
 
+def test_examples_are_like_the_records_and_ask_something_else(tmp_path):
+    records = [
+        {"id": i, "q": f"{i % 6}?", "a": "x", "split": "train" if i % 6 > 4 else "test"}
+        for i in range(18)
+    ]
+    data = str(write_records(tmp_path / "twice.jsonl", records))
+    fields = {"prompt": "{{ q }}", "answer": "a", "where": "split == 'test'", "shots": 4}
+    task = Task("t", "cloze", data, **fields)
+    for record, examples in zip(task.records(), task.examples(task.records()), strict=True):
+        assert len({one["q"] for one in examples}) == 4
+        assert {one["split"] for one in examples} == {"test"}
+        assert record["q"] not in {one["q"] for one in examples}
+    # The place of a record, as in a draw of few, decides nothing.
+    whole, some = task.records(), task.records()[3:6]
+    assert task.examples(some) == task.examples(whole)[3:6]
+
+
 def test_where_and_limit_choose_records(data):
     task = Task("t", "cloze", data, where="even", **FIELDS)
     assert [record["q"] for record in task.records()] == ["2 + 2?", "4 + 4?", "6 + 6?", "8 + 8?"]
@@ -83,6 +100,9 @@ def use(data, changes):
         ({"choices": "options.text"}, "UndefinedError: 'list object' has no attribute 'text'"),
         ({"choices": ("yes", "no")}, "choices is ('yes', 'no') (tuple), expected text in quotes"),
         ({"shots": 8}, "shots is 8, but "),
+        ({"stop": "Question:"}, "stop is 'Question:' (str), expected a list of texts"),
+        ({"stop": (3,)}, "stop is (3,) (tuple), expected a list of texts"),
+        ({"prompt": "{{ 1 / 0 }}"}, "prompt '{{ 1 / 0 }}' (str): ZeroDivisionError: division by"),
         ({"shots": "2"}, "shots is '2' (str), expected 0 or more"),
         ({"kind": "close"}, "kind is 'close' (str), expected one of multiple_choice, cloze"),
         ({"answer": ""}, "task t: answer is missing, which cloze needs"),
@@ -139,9 +159,9 @@ SAMPLES = {
     ),
     "hellaswag": (
         {"activity_label": "Cooking", "ctx": "[header] A pot [title] It", "label": "1",
-         "endings": ["sings.", "boils."]},
+         "endings": ["sings.", "boils [substeps] now [title] Eat."]},
         "Cooking: A pot. It",
-        "boils.",
+        "boils now. Eat.",
     ),
     "mmlu": (
         {"question": "2 + 2? ", "subject": "maths", "choices": ["1", "2", "3", "4"], "answer": 3},

@@ -42,14 +42,14 @@ LAYERED = """
       value: [1, 0.5, 0.7, 0.3, 0]
     - value: 0.5
 """
+TUNED = "models: [{model: one}, {model: two}, {model: three}]\n"
 SLERP = "models: [{model: one}, {model: two}]\nmerge_method: slerp\nbase_model: one\n"
 TASK = "base_model: base\nmerge_method: "
 RECIPES = {
     "linear": models_of({"one": 0.9, "two": 0.1}) + "merge_method: linear\n",
     "linear, not normalised": models_of({"one": 0.9, "two": [0.2, 0.6]})
     + "merge_method: linear\nparameters: {normalize: false}\n",
-    "soup": "models: [{model: one}, {model: two}, {model: three}]\n"
-    "merge_method: linear\nparameters: {weight: 1.0}\n",
+    "soup": TUNED + "merge_method: linear\nparameters: {weight: 1.0}\n",
     "slerp": SLERP + "parameters:" + LAYERED,
     "slerp of slices": "slices:\n  - sources: [{model: one, layer_range: [0, 4]}, "
     "{model: two, layer_range: [0, 4]}]\nmerge_method: slerp\nbase_model: two\n"
@@ -69,10 +69,8 @@ RECIPES = {
     "dare_ties, whole": models_of(THIRDS) + TASK + "dare_ties\n",
     "breadcrumbs": models_of(THIRDS, density=0.6, gamma=0.05) + TASK + "breadcrumbs\n",
     "breadcrumbs_ties": models_of(THIRDS, density=0.5) + TASK + "breadcrumbs_ties\n",
-    "model_stock": models_of(dict.fromkeys(MODELS[1:], 1)) + TASK + "model_stock\n",
-    "model_stock, rows": models_of(dict.fromkeys(MODELS[1:], 1))
-    + TASK
-    + "model_stock\nparameters: {filter_wise: true}\n",
+    "model_stock": TUNED + TASK + "model_stock\n",
+    "model_stock, rows": TUNED + TASK + "model_stock\nparameters: {filter_wise: true}\n",
 }
 # Of SmolLM2: what a GGUF file holds in the layout of Hugging Face.
 TENSORS = {

@@ -238,7 +238,7 @@ def test_what_does_not_concern_the_weights_may_differ(here):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lm_head.weight": None}, "two lacks 'lm_head.weight', which one has"),
+        ({"lm_head.weight": None}, "two lacks 'lm_head.weight', which its config.json implies"),
         ({"x.weight": torch.ones(2)}, "one lacks 'x.weight', which two has"),
         (
             {"lm_head.weight": torch.ones(39, 16)},

@@ -38,7 +38,9 @@ def test_merge(tmp_path):
     import os
 
     write_models(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(LINEAR + "parameters: {lambda: 2}\n")
+    (tmp_path / "recipe.yaml").write_text(
+        LINEAR + "parameters: {normalize: {filter: mpl, value: false}}\n"
+    )
     result = subprocess.run(
         [sys.executable, SCRIPT, "recipe.yaml", "merges/out", "--max_shard_size", "6KB"],
         cwd=tmp_path,
@@ -49,7 +51,7 @@ def test_merge(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines == [
-        "note: lambda has no effect in linear",
+        "note: the filter 'mpl' of normalize is part of no tensor's name",
         f"reads one: {tmp_path / 'one'}",
         f"reads two: {tmp_path / 'two'}",
         f"wrote {tmp_path / 'merges' / 'out'}",
@@ -66,7 +68,11 @@ MISTAKES = {
     ),
     "method": (LINEAR.replace("linear", "liner"), "Did you mean 'linear'?"),
     "base": (LINEAR.replace("linear", "ties"), "ties needs a base_model"),
-    "weight": (LINEAR.replace("weight: 0.1", "density: 0.1"), "linear lacks weight of two for"),
+    "weight": (LINEAR.replace("weight: 0.1", ""), "linear lacks weight of two for"),
+    "no effect": (
+        LINEAR.replace("weight: 0.1", "t: 0.1"),
+        "recipe.yaml: t has no effect in linear",
+    ),
     "sum": (LINEAR.replace("0.9", "-0.1"), "lm_head.weight: the weights -0.1, 0.1 add"),
     "slices": (
         "merge_method: slerp\nbase_model: one\nparameters: {t: 0.5}\nslices: [{sources: "

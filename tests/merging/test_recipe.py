@@ -76,28 +76,43 @@ def test_the_tokenizer_of_a_model_can_be_named():
         assert parse_recipe(LINEAR + text).tokenizer_source == source
 
 
-def test_what_has_no_effect_is_told():
-    recipe = parse_recipe(SLERP + "parameters: {t: [{filter: mpl, value: 1}], density: 0.5}\n")
+def test_what_may_be_a_mistake_is_told():
+    recipe = parse_recipe(SLERP + "parameters: {t: [{filter: mpl, value: 1}, {value: [0, 5]}]}\n")
     assert recipe.notes([layer(0)]) == [
-        "density has no effect in slerp",
+        "t is 5, outside of 0 to 1, and goes beyond the models",
         "the filter 'mpl' of t is part of no tensor's name",
     ]
+    assert not parse_recipe(LINEAR + "parameters: {int8_mask: true}\n").notes([layer(0)])
 
 
-def test_what_is_in_the_wrong_place_is_told():
-    recipe = parse_recipe(
-        "models:\n- {model: a, parameters: {weight: 1, lambda: 0.1, normalize: false}}\n"
-        "- {model: b, parameters: {weight: 0.5}}\nbase_model: b\nmerge_method: ties\n"
-        "parameters: {density: 0.5}\n"
-    )
-    assert recipe.notes([layer(0)]) == [
-        "lambda of a has no effect, for it counts for all models; write it on top",
-        "normalize of a has no effect, for it counts for all models; write it on top",
-        "weight of b has no effect, for it is the base",
-    ]
-    assert parse_recipe(SLERP + "parameters: {t: [0, 5]}\n").notes([layer(0)]) == [
-        "t is 5, outside of 0 to 1, and goes beyond the models"
-    ]
+TIES = """
+models: [{model: a, parameters: {%s}}, {model: b, parameters: {%s}}]
+base_model: b
+merge_method: ties
+parameters: {weight: 1, %s}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            SLERP + "parameters: {t: 0.5, density: 0.5}",
+            "density has no effect in slerp; expected t",
+        ),
+        (LINEAR + "parameters: {lambda: 2}", "lambda .* in linear; expected normalize, weight"),
+        (PAIR.replace("weight: 0.1", "t: 1") + "merge_method: linear", "t has no effect in linear"),
+        (TIES % ("lambda: 0.1", "", ""), "lambda of a has no effect, for it counts for all models"),
+        (TIES % ("normalize: false", "", ""), "normalize of a .* under parameters on top"),
+        (TIES % ("", "density: 0.5", ""), "density of b has no effect, for it is the base"),
+        (TIES % ("", "", "t: 0.5"), "t has no effect in ties; expected density, lambda, normalize"),
+    ],
+)
+def test_what_has_no_effect_is_refused(text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse_recipe(text)
+    assert "\n" not in str(caught.value)
+    parse_recipe(TIES % ("weight: 2", "", "density: 0.5, int8_mask: true"))
 
 
 MISTAKES = {

@@ -5,17 +5,18 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from smol.checkpoints.huggingface_config import from_huggingface_config, to_huggingface_config
-from smol.errors import UserError
+from smol.errors import UserError, shown
 from smol.model.config import DecoderConfig, RopeConfig
 from smol.model.io import PART, WEIGHTS, describe_decoder, read_description, stored_weights
-from smol.stored_tensors import StoredTensor, file_name
+from smol.stored_tensors import StoredTensor, file_name, read_json, stored_tensors
 
+CONFIG = "config.json"
 HEAD = "lm_head.weight"
 INDEX = f"{WEIGHTS}.index.json"
 FILE_BYTES = 5_000_000_000
@@ -36,11 +37,9 @@ def load_huggingface(path: str | Path) -> Imported:
         UserError: If files are missing, or the model has a feature that ``Decoder`` has not.
     """
     folder = Path(path)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"no Hugging Face model in {folder}: config.json is missing.")
-    decoder, rope = from_huggingface_config(json.loads(config_file.read_text()))
-    return decoder, rope, _own_weights(_read_safetensors(folder), decoder)
+    decoder, rope = from_huggingface_config(read_config(folder))
+    weights = _own_weights(stored_shards(folder), decoder)
+    return decoder, rope, {name: tensor.read() for name, tensor in weights.items()}
 
 
 def load_gguf(file: str | Path) -> Imported:
@@ -67,26 +66,45 @@ def load_gguf(file: str | Path) -> Imported:
     return decoder, rope, _own_weights(model.state_dict(), decoder)
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """Read one file or all shards of an index, tensor by tensor."""
-    from safetensors import SafetensorError, safe_open
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of a Hugging Face folder.
 
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [WEIGHTS]
-    weights = {}
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt") as shard:
-                weights.update({key: shard.get_tensor(key) for key in shard.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the weights {folder / name}: {error}.") from error
-    return weights
+    Raises:
+        UserError: If it is missing, or holds something else.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise UserError(f"no Hugging Face model in {folder}: {CONFIG} is missing.")
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is {shown(config)}; expected keys and values")
+    return config
 
 
-def _own_weights(weights: Mapping[str, Tensor], decoder: DecoderConfig) -> dict[str, Tensor]:
+def stored_shards(folder: Path) -> dict[str, StoredTensor]:
+    """List the tensors of a Hugging Face folder, in one file or all shards of an index, by name.
+
+    Raises:
+        UserError: If a file is missing or damaged, or lacks a tensor that the index names.
+    """
+    parts, places = [PART], {}
+    if (index := folder / INDEX).is_file():
+        content = read_json(index)
+        places = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+            raise UserError(f"{index} has no weight_map; expected the file of each tensor")
+        parts = sorted(file.removesuffix(".safetensors") for file in set(places.values()))
+    stored = {}
+    for part in parts:
+        if not (folder / file_name(part)).is_file():
+            raise UserError(f"{folder} holds no {file_name(part)}; expected all its safetensors")
+        stored |= stored_tensors(folder, part)
+    for name in sorted(places.keys() - stored.keys()):
+        raise UserError(f"{index} names '{name}', which {places[name]} does not hold")
+    return stored
+
+
+def _own_weights(weights: Mapping[str, Any], decoder: DecoderConfig) -> dict[str, Any]:
     """Drop what ``Decoder`` computes by itself: a head that is the embedding, old frequencies."""
     dropped = {HEAD} if decoder.tie_embeddings else set()
     return {
@@ -159,9 +177,9 @@ def export_huggingface(
         if tokenizer_dir is not None:
             config |= _copy_tokenizer(Path(tokenizer_dir), temporary)
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(temporary / "config.json", config)
-        _write_json(temporary / "generation_config.json", generation)
-        _write_weights(temporary, weights, dtype, file_bytes)
+        write_json(temporary / CONFIG, config)
+        write_json(temporary / "generation_config.json", generation)
+        write_weights(temporary, weights, dtype, file_bytes)
         temporary.chmod(0o755)
         temporary.replace(folder)
     except BaseException:
@@ -169,13 +187,35 @@ def export_huggingface(
         raise
 
 
-def _write_weights(
+class Readable(Protocol):
+    """A tensor that is read, or computed, when it is needed."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its elements."""
+
+    def read(self) -> Tensor:
+        """The whole tensor."""
+
+
+def write_weights(
     folder: Path,
-    weights: Mapping[str, Tensor | StoredTensor],
-    dtype: torch.dtype | None,
-    file_bytes: int,
+    weights: Mapping[str, Tensor | Readable],
+    dtype: torch.dtype | None = None,
+    file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write one file, or several with the index that transformers expects."""
+    """Write one file, or several with the index that transformers expects.
+
+    Args:
+        folder: Where to.
+        weights: By name, in the order in which they are written, one file in memory at a time.
+        dtype: Of the written weights; ``None`` keeps what they have.
+        file_bytes: Size above which there are several files.
+    """
     from safetensors.torch import save_file
 
     sizes = {k: w.shape.numel() * (dtype or w.dtype).itemsize for k, w in weights.items()}
@@ -195,16 +235,17 @@ def _write_weights(
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        _write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index)
 
 
-def _read(weight: Tensor | StoredTensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = weight.read() if isinstance(weight, StoredTensor) else weight.detach()
+def _read(weight: Tensor | Readable, dtype: torch.dtype | None) -> Tensor:
+    tensor = weight.detach() if isinstance(weight, Tensor) else weight.read()
     return tensor.to("cpu", dtype or tensor.dtype).contiguous()
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON as transformers does."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:

@@ -24,6 +24,19 @@ def in_mode(text: str, mode: str) -> bool:
     return bool(reasoning and answer) if mode == "think" else reasoning is None
 
 
+def check_template(task: Task, model: LanguageModel) -> None:
+    """See that a model knows how chats are written.
+
+    Raises:
+        UserError: If it has no chat template.
+    """
+    if model.template is None:
+        raise UserError(
+            f"{model.name} has no chat template, which task {task.name} needs; expected a model "
+            "that was fine-tuned on conversations, or a task of another kind"
+        )
+
+
 def measure_chat(
     task: Task, model: LanguageModel, records: Sequence[Record], modes: Sequence[str]
 ) -> dict[str, Estimate]:
@@ -42,11 +55,7 @@ def measure_chat(
     Raises:
         UserError: If the model has no chat template.
     """
-    if model.template is None:
-        raise UserError(
-            f"{model.name} has no chat template, which task {task.name} needs; expected a model "
-            "that was fine-tuned on conversations, or a task of another kind"
-        )
+    check_template(task, model)
     metrics: dict[str, dict[str, Estimate]] = {mode: {} for mode in (*modes, *OTHER)}
     chats = [[_user(task.question(record))] for record in records]
     for mode in modes:

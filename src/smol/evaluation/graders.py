@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
-from smol.errors import UserError
+from smol.errors import UserError, shown
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 
@@ -59,6 +60,12 @@ def constraints(text: str, expected: Any) -> bool:
     """
     from smol.evaluation.constraints import follows
 
+    lists = isinstance(expected, list | tuple) and [isinstance(x, list | tuple) for x in expected]
+    if lists != [True, True] or len(expected[0]) != len(expected[1]):
+        raise UserError(
+            f"a task's answer is {shown(expected)}, expected two lists for metric constraints: "
+            "names of instructions, and as many arguments"
+        )
     return all(follows(text, *instruction) for instruction in zip(*expected, strict=True))
 
 
@@ -66,6 +73,12 @@ def generated_task(text: str, expected: Any) -> bool:
     """The answer of a generated task, given by its fields, as the task itself checks it."""
     from smol.data.corpora.chat_tasks import Task, check
 
+    known = {field.name for field in fields(Task)}
+    if not isinstance(expected, dict) or set(expected) != known:
+        raise UserError(
+            f"a task's answer is {shown(expected)}, expected a dictionary for metric "
+            f"generated_task, of {', '.join(sorted(known))}"
+        )
     return check(Task(**expected), text)
 
 

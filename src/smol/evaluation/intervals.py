@@ -30,8 +30,8 @@ class Estimate:
 
     def scaled(self, offset: float, factor: float) -> "Estimate":
         """The same estimate of ``(value - offset) * factor``, for a positive factor."""
-        ends = ((x - offset) * factor for x in (self.value, self.low, self.high))
-        return Estimate(*ends, self.items)
+        ends = (self.value, self.low, self.high)
+        return Estimate(*(x if x is None else (x - offset) * factor for x in ends), self.items)
 
 
 def proportion(hits: Sequence[bool] | Sequence[int]) -> Estimate:
@@ -55,7 +55,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float] | None = No
 
     Items are drawn again with replacement, each with both of its numbers; the interval lies between
     the 2.5th and the 97.5th percentile (Efron & Tibshirani 1993, chapter 13). The draws have a
-    fixed seed.
+    fixed seed. One item alone says nothing of others, and has no interval.
 
     Args:
         numerators: One per item, at least one item.
@@ -63,10 +63,13 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float] | None = No
     """
     over = np.asarray(numerators, float)
     under = np.ones_like(over) if denominators is None else np.asarray(denominators, float)
+    value = float(over.sum() / under.sum())
+    if len(over) == 1:
+        return Estimate(value, None, None, 1)
     rng = np.random.default_rng(0)
     # How often each item is drawn, as weights: (resamples, items).
     draws = rng.multinomial(len(over), np.full(len(over), 1 / len(over)), RESAMPLES)
     below = draws @ under
     means = (draws @ over)[below > 0] / below[below > 0]
     low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(over.sum() / under.sum()), float(low), float(high), len(over))
+    return Estimate(value, float(low), float(high), len(over))

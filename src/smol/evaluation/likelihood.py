@@ -62,8 +62,8 @@ def score(
         One score per request, in their order.
 
     Raises:
-        UserError: If a context or a continuation is empty, or a continuation longer than
-            ``max_length``.
+        UserError: If a context or a continuation is empty, a continuation longer than
+            ``max_length``, or a log-probability not a number.
     """
     scores: dict[int, Score] = {}
     device = next(decoder.parameters()).device
@@ -78,6 +78,8 @@ def score(
         )
         targets = layout.targets.cpu()
         parts = (-nll.double().cpu(), best.cpu() == targets, targets)
+        if parts[0].isnan().any():  # of which a comparison would make a result
+            raise UserError("log-probabilities are not numbers; expected a model without NaN")
         continuations = [pair for group in groups for pair in group.continuations]
         lengths = [len(tokens) for _, tokens in continuations]
         rows = zip(*(part.split(lengths) for part in parts), strict=True)
@@ -104,7 +106,7 @@ def check_requests(requests: Sequence[Request], max_length: int | None) -> None:
     """See that requests can be scored.
 
     Raises:
-        UserError: As :func:`score`.
+        UserError: As :func:`score`, but for what the decoder computes.
     """
     for index, (context, continuation) in enumerate(requests):
         if not context or not continuation:

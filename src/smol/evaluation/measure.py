@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from smol.errors import UserError, nearest
-from smol.evaluation.chats import measure_chat
+from smol.errors import UserError, nearest, shown
+from smol.evaluation.chats import OTHER, check_template, measure_chat
 from smol.evaluation.graders import GRADERS
 from smol.evaluation.intervals import Estimate, proportion, ratio
 from smol.evaluation.language_model import LanguageModel
-from smol.evaluation.likelihood import Score
+from smol.evaluation.likelihood import Score, check_requests
 from smol.evaluation.tasks import Record, Task
 from smol.generation import Sampling
 
@@ -37,14 +37,7 @@ def measure(
     Raises:
         UserError: If the records cannot be read or do not fit the task, or the model does not.
     """
-    if limit is not None:
-        task = replace(task, limit=min(limit, task.limit or limit))
-    if task.metric and task.metric not in GRADERS:
-        raise UserError(
-            f"task {task.name}: metric is '{task.metric}', expected one of {', '.join(GRADERS)}."
-            f"{nearest(task.metric, GRADERS)}"
-        )
-    records = task.records()
+    task, records = _prepared(task, limit)
     if task.kind == "chat" or (task.kind == "generative" and modes):
         return measure_chat(task, model, records, modes or ("no_think", "think"))
     if task.kind == "bits_per_byte":
@@ -66,6 +59,69 @@ def measure(
     }
 
 
+def check(
+    task: Task, model: LanguageModel, limit: int | None = None, modes: Sequence[str] = ()
+) -> None:
+    """See that a task can be measured, without asking the model anything.
+
+    Args:
+        task: As for :func:`measure`.
+        model: As for :func:`measure`.
+        limit: As for :func:`measure`.
+        modes: As for :func:`measure`.
+
+    Raises:
+        UserError: If the task, its records, the modes, the tokenizer or the template do not fit.
+    """
+    check_modes(modes)
+    rows = model.decoder.config.vocab_size
+    if model.tokenizer.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer has {model.tokenizer.vocab_size} tokens, the model only {rows} rows"
+        )
+    task, records = _prepared(task, limit)
+    in_chat = task.kind == "chat" or (task.kind == "generative" and modes)
+    if in_chat:
+        check_template(task, model)
+    examples = [[]] * len(records) if in_chat else task.examples(records)
+    pairs = []
+    for record, several in zip(records, examples, strict=True):
+        context = task.question(record) if in_chat else task.context(record, several)
+        if task.metric:
+            GRADERS[task.metric]("", task.evaluate("answer", record))
+            task.groups(record)
+        elif task.kind != "bits_per_byte":
+            options = task.answers(record)[0] if task.choices else [task.worked_answer(record)]
+            pairs += [(context, task.delimiter + option) for option in options]
+    check_requests([model.encode_pair(*pair) for pair in pairs], model.max_length)
+
+
+def check_modes(modes: Sequence[str]) -> None:
+    """See that all modes are known.
+
+    Raises:
+        UserError: If one is not.
+    """
+    for mode in modes:
+        if mode not in OTHER:
+            raise UserError(
+                f"modes holds {shown(mode)}, expected {' or '.join(OTHER)}."
+                f"{nearest(str(mode), OTHER)}"
+            )
+
+
+def _prepared(task: Task, limit: int | None) -> tuple[Task, list[Record]]:
+    """The task with the smaller one of two limits, and its records."""
+    if limit is not None:
+        task = replace(task, limit=min(limit, task.limit or limit))
+    if task.metric and task.metric not in GRADERS:
+        raise UserError(
+            f"task {task.name}: metric is '{task.metric}', expected one of {', '.join(GRADERS)}."
+            f"{nearest(task.metric, GRADERS)}"
+        )
+    return task, task.records()
+
+
 def _chosen(
     task: Task, model: LanguageModel, records: Sequence[Record], contexts: Sequence[str]
 ) -> Metrics:
@@ -80,7 +136,9 @@ def _chosen(
     for options, right in answers:
         several = [next(scores) for _ in options]
         hits.append(_best([s.log_prob for s in several]) == right)
-        hits_per_byte.append(_best([s.log_prob / max(1, s.bytes) for s in several]) == right)
+        sizes = [max(1, len(option.encode())) for option in options]  # without the delimiter
+        rates = [s.log_prob / size for s, size in zip(several, sizes, strict=True)]
+        hits_per_byte.append(_best(rates) == right)
         rights.append(several[right])
         chances.append(1 / len(options))
     chance = sum(chances) / len(chances)

@@ -31,13 +31,23 @@ class ModelFolder:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the weights do: what commits a checkpoint, else a digest of file times."""
+        """Changes when the weights, their description, the tokenizer or the template do.
+
+        Of a checkpoint what commits it counts, of other weights the times and sizes of the files.
+        """
         marker = self.weights / MARKER_FILE
-        if marker.is_file():
-            return marker.read_text(encoding="utf-8").strip()
-        files = [(f.name, f.stat()) for f in sorted(self.weights.glob("*.safetensors"))]
-        facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        files = [marker, *(self.weights / name for name in ("config.json", "decoder.json"))]
+        files += [self.tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        files += [self.template / name for name in ("tokenizer_config.json", "chat_template.jinja")]
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.name} {file.is_file()}".encode())
+            digest.update(file.read_bytes() if file.is_file() else b"")
+        if not marker.is_file():
+            for file in sorted(self.weights.glob("*.safetensors")):
+                stat = file.stat()
+                digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
+        return digest.hexdigest()
 
 
 def find_model(path: str | Path, tokenizer: str | Path | None = None) -> ModelFolder:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from smol.errors import UserError
+from smol.errors import UserError, one_line
 from smol.evaluation.model_folder import ModelFolder, find_model
 from smol.evaluation.results import Results, Row
 from smol.evaluation.tasks import Task
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from smol.evaluation.language_model import LanguageModel
 
 POLL_SECONDS = 2.0
+KEYS = ("limit", "modes", "dtype", "max_length", "tokenizer")  # what decides over the results
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Settings:
     force: bool = False
     log: Callable[[str], None] = field(default=print, compare=False)
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What decides over the results and is not as by default."""
+        return {key: value for key in KEYS if (value := getattr(self, key)) not in (None, ())}
+
 
 def evaluate_model(folder: ModelFolder, settings: Settings) -> list[Row]:
     """Measure a model on all tasks, and write each result when it is known.
@@ -65,11 +71,11 @@ def evaluate_model(folder: ModelFolder, settings: Settings) -> list[Row]:
     results, rows, model = Results(settings.out or folder.results), [], None
     for task in settings.tasks:
         digest = _digest(task, folder, settings)
-        row = None if settings.force else results.find(folder.name, digest)
-        if row is None:
+        row = results.find(folder.name, digest)  # a damaged file is told before measuring
+        if row is None or settings.force:
             if model is None:
                 model = _load(folder, settings)
-            row = _measured(task, model, digest, settings)
+            row = _measured(task, model, folder, digest, settings)
             results.add(row)
             settings.log(f"{folder.name}: {task.name}, {row.seconds:.1f} s")
         else:
@@ -87,22 +93,25 @@ def _load(folder: ModelFolder, settings: Settings) -> "LanguageModel":
     return load_language_model(folder, settings.device, dtype, settings.max_length)
 
 
-def _measured(task: Task, model: "LanguageModel", digest: str, settings: Settings) -> Row:
+def _measured(
+    task: Task, model: "LanguageModel", folder: ModelFolder, digest: str, settings: Settings
+) -> Row:
     from smol.evaluation.measure import measure
 
     began = time.perf_counter()
     metrics = measure(task, model, settings.limit, settings.modes)
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return Row(model.name, task.name, digest, date, time.perf_counter() - began, metrics)
+    seconds = time.perf_counter() - began
+    facts = (folder.name, task.name, folder.fingerprint, settings.changed, digest)
+    return Row(*facts, date, seconds, metrics)
 
 
 def _digest(task: Task, folder: ModelFolder, settings: Settings) -> str:
-    keys = ("limit", "modes", "dtype", "max_length", "tokenizer")
     facts = [
         asdict(task),
         task.inputs(),
         folder.fingerprint,
-        *(getattr(settings, key) for key in keys),
+        *(getattr(settings, key) for key in KEYS),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -112,15 +121,20 @@ def watch(run: str, settings: Settings) -> None:
 
     It ends when standard input does and all that is there has been evaluated; so a callback, or
     ``< /dev/null``, decides how long it lasts. Of a checkpoint that the rotation has removed before
-    its turn nothing is known.
+    its turn nothing is known; one that fails is told of, and the next one is evaluated.
 
     Args:
         run: Folder of the run; it need not hold a checkpoint yet.
         settings: How to evaluate.
+
+    Raises:
+        UserError: If the folder is no run's; or at the end, if a checkpoint failed.
     """
-    from smol.checkpoints.store import FsspecStore
+    from smol.checkpoints.store import MARKER_FILE, FsspecStore
     from smol.runs import CHECKPOINTS
 
+    _check_run(Path(find(run)), run)
+    failed = []
     os.nice(10)  # the training goes first
     ended = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
@@ -133,10 +147,30 @@ def watch(run: str, settings: Settings) -> None:
             seen.add(info.key)
             try:
                 evaluate_model(find_model(info.location, settings.tokenizer), settings)
-            except (UserError, OSError) as error:
-                if Path(info.location).exists():
-                    raise
-                settings.log(f"{info.key} was removed before its turn ({type(error).__name__})")
+            except Exception as error:  # the next checkpoint may be better
+                if not Path(info.location, MARKER_FILE).is_file():  # removed first of all files
+                    settings.log(f"{info.key} was removed before its turn ({type(error).__name__})")
+                    continue
+                reason = str(error) if isinstance(error, UserError) else one_line(error)
+                failed.append(f"{info.key} could not be evaluated: {reason}")
+                settings.log(failed[-1])
         if last_look:
-            return
+            break
         ended.wait(POLL_SECONDS)
+    if failed:
+        raise UserError(f"{failed[-1]} ({len(failed)} of {len(seen)} checkpoints failed)")
+
+
+def _check_run(folder: Path, name: str) -> None:
+    """See that a folder is a run's, or is one in which a run has yet to begin."""
+    from smol.runs import CHECKPOINTS
+
+    if not folder.is_dir():
+        raise UserError(f"{name} is not there; expected a run's folder")
+    own = (CHECKPOINTS, "config.yaml", "tokenizer")
+    others = [path for path in folder.iterdir() if not path.name.startswith("evaluation")]
+    if others and not any((folder / name).exists() for name in own):
+        raise UserError(
+            f"{name} is no run's folder, expected {CHECKPOINTS}/ or config.yaml in it; --watch is "
+            "for runs, leave it out for other models"
+        )

@@ -11,10 +11,11 @@
     answer: choices.label.index(answerKey)
 
 ``prompt`` is a Jinja template over the fields of a record; ``choices``, ``answer`` and ``shot`` are
-Jinja expressions, which keep their type.
+Jinja expressions, which keep their type. There is a filter ``regex_replace(old, new)``.
 """
 
 import random
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from smol.errors import UserError, nearest, one_line, shown
-from smol.paths import find, is_url, project_root, resolve
+from smol.paths import find, project_root, resolve
 
 if TYPE_CHECKING:
     from smol.data.records import Records
@@ -69,9 +70,10 @@ class Task:
     shot: str = ""
     """Expression of the answer in a worked example, where it is more than ``answer``."""
     shots: int = 0
-    """Worked examples before the question; drawn anew for each, with a fixed seed."""
+    """Worked examples before the question, none of which asks the same; drawn anew for each
+    question, by its text and a fixed seed."""
     shots_from: str = ""
-    """Records of the examples; by default those of ``data``, without the question itself."""
+    """Records of the examples; by default those of ``data`` where ``where`` is true."""
     delimiter: str = " "
     """Between a prompt and its answer."""
     separator: str = "\n\n"
@@ -107,6 +109,12 @@ class Task:
                 raise UserError(
                     f"task {self.name}: {key} is {shown(value)}, expected text in quotes"
                 )
+        if not isinstance(self.stop, tuple | list) or not all(
+            isinstance(text, str) and text for text in self.stop
+        ):
+            raise UserError(
+                f"task {self.name}: stop is {shown(self.stop)}, expected a list of texts"
+            )
         for key, least in {"shots": 0, "limit": 1, "max_new_tokens": 1}.items():
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < least):
@@ -128,9 +136,7 @@ class Task:
         Raises:
             UserError: If they cannot be read, or there are none.
         """
-        found = self._read(self.data)
-        if self.where:
-            found = [record for record in found if self.evaluate("where", record)]
+        found = self._used()
         if not found:
             which = f" where {self.where}" if self.where else ""
             raise UserError(f"task {self.name}: {self.data} holds no record{which}")
@@ -143,18 +149,19 @@ class Task:
         """The worked examples of each record, ``shots`` of them."""
         if not self.shots:
             return [[] for _ in records]
-        pool = self._read(self.shots_from or self.data)
+        found = self._read(self.shots_from) if self.shots_from else self._used()
+        pool = {self.question(record): record for record in found}
         if len(pool) <= self.shots:
             source = self.shots_from or self.data
             raise UserError(
-                f"task {self.name}: shots is {self.shots}, but {source} holds {len(pool)} records; "
-                "expected more records than shots"
+                f"task {self.name}: shots is {self.shots}, but {source} holds {len(pool)} records "
+                "with different questions; expected more records than shots"
             )
-        drawn = []
-        for index, record in enumerate(records):
-            rng = random.Random(f"{self.seed}/{index}")
-            several = rng.sample(pool, self.shots + 1)
-            drawn.append([one for one in several if one != record][: self.shots])
+        questions, drawn = list(pool), []
+        for record in records:
+            own = self.question(record)
+            several = random.Random(f"{self.seed}/{own}").sample(questions, self.shots + 1)
+            drawn.append([pool[one] for one in several if one != own][: self.shots])
         return drawn
 
     def context(self, record: Record, examples: Sequence[Record]) -> str:
@@ -213,13 +220,18 @@ class Task:
         return self._call(getattr(self, key), _expression, record, key)
 
     def _open(self, path: str) -> "Records":
-        from smol.data.records import HUB, Records
+        from smol.data.records import Records
 
         if self.embedded:
             from smol.data.corpora.chat import ensure_chat
 
             ensure_chat(resolve(self.embedded), log=partial(print, file=sys.stderr))
-        return Records(path if path.startswith(HUB) or is_url(path) else find(path))
+        return Records(path)
+
+    def _used(self) -> list[dict[str, Any]]:
+        """The records of ``data`` where ``where`` is true."""
+        found = self._read(self.data)
+        return [record for record in found if not self.where or self.evaluate("where", record)]
 
     def _read(self, path: str) -> list[dict[str, Any]]:
         return [record for _, record in self._open(path)]
@@ -232,7 +244,14 @@ class Task:
             if isinstance(value, Undefined):
                 str(value)  # says what is undefined
             return value
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+        ) as error:
             raise UserError(
                 f"task {self.name}: {key} {shown(source)}: {one_line(error)}; the record has "
                 f"{', '.join(record)}"
@@ -285,6 +304,7 @@ def _environment() -> Any:
         undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.globals["enumerate"] = enumerate
+    environment.filters["regex_replace"] = lambda text, old, new="": re.sub(old, new, text)
     return environment
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from smol.checkpoints.huggingface import HEAD, INDEX
+from smol.checkpoints.huggingface import CONFIG, HEAD, read_config, stored_shards
 from smol.checkpoints.huggingface_config import to_huggingface_config
 from smol.errors import UserError, nearest, one_line, shown
-from smol.model.io import DESCRIPTION, PART, read_description, stored_weights
+from smol.model.io import DESCRIPTION, read_description, stored_weights
 from smol.paths import find
 from smol.runs import decoder_folder, tokenizer_of
-from smol.stored_tensors import StoredTensor, file_name, read_json, stored_tensors
+from smol.stored_tensors import StoredTensor
 
-CONFIG = "config.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
@@ -58,7 +57,7 @@ class InputModel:
     def tensors(self) -> dict[str, StoredTensor]:
         """All weights under their Hugging Face names; a tied head is none."""
         in_checkpoint = (self.folder / DESCRIPTION).is_file()
-        stored = stored_weights(self.folder) if in_checkpoint else _in_shards(self.folder)
+        stored = (stored_weights if in_checkpoint else stored_shards)(self.folder)
         dropped = {HEAD} if self.architecture.get("tie_word_embeddings") else set()
         for name, tensor in stored.items():
             if name.endswith("rotary_emb.inv_freq"):  # written by old versions of transformers
@@ -68,7 +67,29 @@ class InputModel:
                     f"{self.name}: '{name}' is {tensor.dtype}; expected float64, float32, float16 "
                     "or bfloat16, quantised models cannot be merged"
                 )
-        return {name: tensor for name, tensor in stored.items() if name not in dropped}
+        kept = {name: tensor for name, tensor in stored.items() if name not in dropped}
+        # Some architectures have other names in memory than in files; of those nothing is known.
+        if kept.keys() <= self.implied:
+            for name in sorted(self.implied - kept.keys()):
+                raise UserError(f"{self.folder} lacks '{name}', which its {CONFIG} implies")
+        return kept
+
+    @cached_property
+    def implied(self) -> frozenset[str]:
+        """Names of the weights of a model with this configuration, without a tied head.
+
+        Empty for what is no causal language model.
+        """
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+        config = CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except ValueError:
+            return frozenset()
+        tied = {HEAD} if self.architecture.get("tie_word_embeddings") else set()
+        return frozenset(model.state_dict().keys() - tied)
 
     @cached_property
     def architecture(self) -> dict[str, Any]:
@@ -130,7 +151,7 @@ def open_model(name: str) -> InputModel:
     if not folder.is_dir():
         folder = _cached(name)
     if (folder / CONFIG).is_file():
-        return InputModel(name, folder, read_json(folder / CONFIG), folder)
+        return InputModel(name, folder, read_config(folder), folder)
     decoder = decoder_folder(folder)
     tokenizer = tokenizer_of(folder)
     config = to_huggingface_config(*read_description(decoder))
@@ -192,20 +213,6 @@ def _token_ids(tokenizer: Path | None) -> dict[str, int | None]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a tokenizer from {tokenizer}: {one_line(error)}") from None
     return {name: getattr(loaded, name) for name in TOKEN_IDS}
-
-
-def _in_shards(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a Hugging Face folder, by name."""
-    parts = [PART]
-    if (index := folder / INDEX).is_file():
-        files = set(read_json(index)["weight_map"].values())
-        parts = sorted(file.removesuffix(".safetensors") for file in files)
-    stored = {}
-    for part in parts:
-        if not (folder / file_name(part)).is_file():
-            raise UserError(f"{folder} holds no {file_name(part)}; expected all its safetensors")
-        stored |= stored_tensors(folder, part)
-    return stored
 
 
 def sha256(path: Path) -> str:

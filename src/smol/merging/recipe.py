@@ -126,17 +126,45 @@ class Recipe:
             result["lambda_"] = result.pop("lambda")
         return result
 
+    def check_effects(self) -> None:
+        """See that every parameter does something where it is written.
+
+        Raises:
+            UserError: If the method has no such parameter, or not for a single model.
+        """
+        shared, each = self.method.shared.keys(), self.method.each.keys()
+        own = {model: scopes[0].keys() - NO_EFFECT for model, scopes in self.each.items()}
+        for key in sorted({key for scope in (*self.shared, *own.values()) for key in scope}):
+            if key not in shared | each | NO_EFFECT:
+                raise UserError(
+                    f"{key} has no effect in {self.method_name}; expected "
+                    f"{', '.join(sorted(shared | each)) or 'no parameter'}"
+                )
+        for model, keys in own.items():
+            if model not in self.others and keys:
+                raise UserError(
+                    f"{min(keys)} of {model} has no effect, for it is the base; remove it"
+                )
+            if keys & shared:
+                raise UserError(
+                    f"{min(keys & shared)} of {model} has no effect, for it counts for all models; "
+                    "write it under parameters on top"
+                )
+
     def notes(self, tensors: Iterable[str]) -> list[str]:
-        """What is written and has no effect.
+        """What is written and may be a mistake.
 
         Args:
             tensors: Names of all tensors.
         """
         tensors = list(tensors)
-        used = self.method.shared.keys() | self.method.each.keys()
         scopes = {id(scope): scope for scopes in self.each.values() for scope in scopes}.values()
         notes = [
-            f"{key} has no effect in {self.method_name}" for s in scopes for key in s.keys() - used
+            f"t is {value:g}, outside of 0 to 1, and goes beyond the models"
+            for scope in self.shared
+            for rule in scope.get("t", ())
+            for value in rule.values
+            if not 0 <= value <= 1
         ]
         notes += [
             f"the filter '{rule.filter}' of {key} is part of no tensor's name"
@@ -198,7 +226,7 @@ def parse_recipe(text: str) -> Recipe:
     """
     content = _mapping(yaml.safe_load(text), "a recipe", KEYS, REFUSED)
     name = content.get("merge_method")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise UserError(
             f"merge_method {shown(name)} is not supported; expected one of {', '.join(METHODS)}."
             f"{nearest(str(name), METHODS, 0.7)}"
@@ -219,7 +247,7 @@ def parse_recipe(text: str) -> Recipe:
     if not least <= (others := len(entries) - method.has_base) <= most:
         wanted = f"{least} model" if least == most else f"{least} or more models"
         raise UserError(f"{name} takes {wanted} beside its base; the recipe names {others}")
-    return Recipe(
+    recipe = Recipe(
         text,
         name,
         tuple(entries),
@@ -231,6 +259,8 @@ def parse_recipe(text: str) -> Recipe:
         _dtype(content, "out_dtype"),
         _tokenizer_source(content, tuple(entries), base),
     )
+    recipe.check_effects()
+    return recipe
 
 
 def _entries(

@@ -1,7 +1,6 @@
 """A merge from disk to disk, one tensor at a time."""
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor
 
 from smol.checkpoints.format import fsync
-from smol.checkpoints.huggingface import FILE_BYTES, INDEX
+from smol.checkpoints.huggingface import CONFIG, FILE_BYTES, write_json, write_weights
 from smol.errors import UserError
 from smol.merging.models import (
-    CONFIG,
     TOKEN_IDS,
     TOKENIZER_FILES,
     InputModel,
@@ -26,8 +24,6 @@ from smol.merging.models import (
     sha256,
 )
 from smol.merging.recipe import Recipe
-from smol.model.io import PART
-from smol.stored_tensors import file_name
 
 RECORD = "merge.json"
 GENERATION = "generation_config.json"
@@ -81,11 +77,11 @@ def merge(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        _write_weights(staging, merged, file_bytes)
+        write_weights(staging, merged, file_bytes=file_bytes)
         record["sha256"] = {path.name: sha256(path) for path in sorted(staging.iterdir())}
         dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in merged.values()]
         _write_config(staging, donor, tokenizer, max(dtypes, key=dtypes.count))
-        _write_json(staging / RECORD, record)
+        write_json(staging / RECORD, record)
         for path in (*staging.iterdir(), staging):
             fsync(path)
         if output.exists():
@@ -216,39 +212,12 @@ def _tokenizer(
     return chosen
 
 
-def _write_weights(folder: Path, merged: Mapping[str, MergedTensor], file_bytes: int) -> None:
-    """Write one file, or several with the index that transformers expects."""
-    from safetensors.torch import save_file
-
-    sizes = {name: x.shape.numel() * x.dtype.itemsize for name, x in merged.items()}
-    files: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if not files or size > room:
-            files.append([])
-            room = file_bytes
-        files[-1].append(name)
-        room -= size
-    places = {}
-    for number, names in enumerate(files, start=1):
-        file = file_name(PART, number, len(files))
-        places |= dict.fromkeys(names, file)
-        save_file({n: merged[n].read() for n in names}, folder / file, metadata={"format": "pt"})
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        _write_json(folder / INDEX, index)
-
-
 def _write_config(folder: Path, donor: InputModel, tokenizer: InputModel, dtype: str) -> None:
     """Write configuration and tokenizer."""
     ids = {key: tokenizer.config.get(key) for key in TOKEN_IDS}
     config = {key: value for key, value in donor.config.items() if key != "torch_dtype"}
-    _write_json(folder / CONFIG, config | ids | {"dtype": dtype})
-    _write_json(folder / GENERATION, ids)
+    write_json(folder / CONFIG, config | ids | {"dtype": dtype})
+    write_json(folder / GENERATION, ids)
     for name in (*TOKENIZER_FILES, GENERATION):
         if tokenizer.tokenizer and (tokenizer.tokenizer / name).is_file():
             shutil.copyfile(tokenizer.tokenizer / name, folder / name)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
