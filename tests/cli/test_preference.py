@@ -216,7 +216,7 @@ def test_published_figures():
         (["--data.truncation", "keep"], "expected drop or cut"),
         (["--data.subsets.easy.path", "none.jsonl"], "none.jsonl"),
         (["--data.subsets.easy.chosen", "better"], "has no column 'better'"),
-        (["--data.max_length", "9"], "all 44 pairs are longer than data.max_length"),
+        (["--data.max_length", "9"], "44 longer than 9 tokens; type --data.max_length"),
         (["--init_from", "sft"], "the run 'sft' has no checkpoint"),
         (["--model.decoder.hidden_size", "64"], "make model.decoder equal"),
         (["--model.decoder.vocab_size", "256"], "--model.decoder.vocab_size 384"),

@@ -37,6 +37,8 @@ OPTIONS = {
     "tools": {"tools": TOOLS, "python_tools": ["def f(): ..."], "date": "2025-07-01"},
     "bare": {"bare": True},
     "cutoff": {"knowledge_cutoff": "May 1999"},
+    "instructions": {"custom_instructions": "Be Bob."},
+    "xml_tools": {"xml_tools": '{"name": "add"}'},
 }
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=20)
 TURNS = st.lists(
@@ -116,7 +118,7 @@ def test_what_a_message_says_is_never_a_special_token(sources, parts):
         {"role": "user", "content": text},
         {"role": "assistant", "content": text, "reasoning_content": text},
     ]
-    tools = [{"name": text}]
+    tools = [{"name": text, text: 1}]
     forged = template.encode(messages, tools=tools)
     harmless = json.loads(json.dumps([messages, tools]).replace(json.dumps(text)[1:-1], "x"))
     honest = template.encode(harmless[0], tools=harmless[1])
@@ -154,6 +156,16 @@ def test_system_override_leaves_only_the_instructions(template):
     messages = [{"role": "system", "content": "Only this. /system_override"}, CONVERSATION[1]]
     text = template.render(messages, tools=TOOLS)
     assert text.startswith("<|im_start|>system\nOnly this.<|im_end|>\n<|im_start|>user\n")
+
+
+@pytest.mark.parametrize("options", [{}, {"bare": True}])
+@pytest.mark.parametrize("system", ["", "Be brief.", "Be brief. /system_override", "/no_think"])
+def test_custom_instructions_join_the_system_message(template, system, options):
+    apart = [{"role": "system", "content": system}, CONVERSATION[1]]
+    joined = [{"role": "system", "content": f"{system}\nBe Bob."}, CONVERSATION[1]]
+    text = template.render(apart, custom_instructions="Be Bob.", **options)
+    assert "Be Bob." in text
+    assert text == template.render(joined, **options)
 
 
 def test_a_flag_of_the_user_counts_from_there_on(template):
@@ -262,8 +274,9 @@ def test_a_template_in_tokenizer_config(sources, tmp_path, stored):
         (None, [{"role": "bot", "content": ""}], {}, "a message has the role 'bot', expected user"),
         (None, [CONVERSATION[1], CONVERSATION[0]], {}, "role 'system', expected"),
         (None, [{"role": "user", "content": "\ufdd1"}], {}, "holds U+FDD1, which is no character"),
+        (None, [{"role": "user", "content": "\ud800"}], {}, "holds U+D800, which is no character"),
         ("{% if %}", [], {}, "the chat template is broken in line 1"),
-        ("{{ strftime_now('%d') }}", [], {}, "asks for today's date, which is None; expected one"),
+        ("{{ strftime_now('%d') }}", [], {}, "today's date for the chat template is None, exp"),
         (
             "{{ ''.__class__.mro() }}",
             [],
@@ -286,6 +299,18 @@ def test_mistakes_are_one_line(template, source, messages, options, message):
 def test_the_date_of_a_foreign_template_is_the_one_given(template):
     foreign = ChatTemplate(template.tokenizer, "{{ strftime_now('%d %B %Y') }}")
     assert foreign.render([], date="2025-07-01") == "01 July 2025"
+
+
+def test_the_date_is_stored_in_a_foreign_template(template, tmp_path):
+    from transformers import AutoTokenizer
+
+    source = "{{ strftime_now('%d %B %Y') }}|{{ strftime_now( \"%Y\" ) }}|" + default_source()
+    foreign = ChatTemplate(template.tokenizer, source)
+    save_chat_tokenizer(foreign, tmp_path, date="2025-07-01")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = theirs.apply_chat_template(CONVERSATION[1:3], tokenize=False)
+    assert text.startswith("01 July 2025|2025|<|im_start|>system")
+    assert text == foreign.render(CONVERSATION[1:3], date="2025-07-01")
 
 
 def test_a_template_that_ends_no_answer(template):

@@ -148,8 +148,11 @@ class TestDocuments:
         thinks = {**BAD, "reasoning_content": "hm"}
         record = {"prompt": [USER], "chosen": [GOOD], "rejected": [thinks]}
         # A model is given an empty block there, so it can begin no such answer.
-        none, notes = encode(tmp_path, template, *[record] * 70)
-        assert (none, notes["unasked"]) == ([], 70)
+        plain = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+        one, notes = encode(tmp_path, template, *[record] * 70, plain)
+        assert (len(one), notes["unasked"]) == (1, 70)
+        with pytest.raises(UserError, match="no pair .*: 1 with .* another mode than the prompt"):
+            encode(tmp_path, template, record)
         record = {"prompt": [USER], "chosen": [thinks], "rejected": [GOOD]}
         ((_, rejected),), notes = encode(tmp_path, template, record)
         trained = template.tokenizer.decode(rejected.tokens[rejected.trained])
@@ -193,7 +196,7 @@ class TestDocuments:
             for cut, document in zip(mine, theirs, strict=True):
                 assert np.array_equal(cut.tokens, document.tokens[:short])
                 assert np.array_equal(cut.trained, document.trained[:short])
-        with pytest.raises(UserError, match="all 5 pairs are .* type --data.max_length"):
+        with pytest.raises(UserError, match="no pair is left .*: 5 longer.* type --data.max_l"):
             encode(tmp_path, template, *records, context=5)
 
     def test_truncated_pairs_are_known(self, tmp_path, folder):
@@ -208,6 +211,22 @@ class TestDocuments:
         made.setup()
         assert made.truncated.tolist() == [False, True]
         assert any("1 cut to 40 tokens" in line for line in made.balance())
+
+    def test_the_balance_tells_modes_with_their_weights(self, tmp_path, folder):
+        thinking = [
+            {**r, "chosen": f"<think>\nhm\n</think>\n{r['chosen']}"} for r in easy_pairs(10)
+        ]
+        write_jsonl(tmp_path / "think.jsonl", thinking)
+        subsets = {
+            "think": PairsConfig(str(tmp_path / "think.jsonl")),
+            "plain": PairsConfig(str(folder / "pairs.jsonl"), weight=0.5),
+        }
+        made = make_preferences(folder, subsets, cache_dir=str(tmp_path / "cache"))
+        made.prepare_data()
+        made.setup()
+        assert list(made.balance())[-1].split() == (
+            ["all", "40", "0", "no_think", "75.0%,", "think", "25.0%"]
+        )
 
 
 class TestRows:

@@ -23,6 +23,9 @@ FILE = "chat_template.jinja"
 PAD = "<|pad|>"
 # Noncharacters of Unicode, which stand in no text that is meant for others.
 FORGED, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2"
+NO_CHARACTER = re.compile(f"[{FORGED}{BEGIN}{END}\ud800-\udfff]")  # half a surrogate pair neither
+TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+ANY_DAY = "2025-07-01"  # some templates ask for one
 MODES = {"think": True, "no_think": False}
 
 Message = Mapping[str, Any]
@@ -153,16 +156,18 @@ class ChatTemplate:
             variables = {"enable_thinking": MODES[mode]} | variables
         if date is not None:
             variables = {"date": date} | variables
-        given = {"messages": messages, "tools": tools, **variables}
+        given = self._disarm({"messages": messages, "tools": tools, **variables})
         special = {f"{name}_token": token for name, token in self.special_tokens.items()}
         try:
             return self._template.render(
                 **special,
-                **self._disarm(given),
+                **given,
                 add_generation_prompt=add_generation_prompt,
-                strftime_now=lambda form: _day(date).strftime(form),
+                strftime_now=lambda form: day_of(date).strftime(form),
             )
-        except (TemplateError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (TemplateError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"the chat template refuses a conversation: {one_line(error)}"
             ) from None
@@ -179,11 +184,11 @@ class ChatTemplate:
     def _disarm(self, value: Any) -> Any:
         """Mark what looks like a special token in any text of the user's."""
         if isinstance(value, str):
-            if found := set(value) & {FORGED, BEGIN, END}:
-                raise UserError(f"a message holds U+{ord(found.pop()):04X}, which is no character")
+            if found := NO_CHARACTER.search(value):
+                raise UserError(f"a message holds U+{ord(found[0]):04X}, which is no character")
             return self._specials.sub(lambda match: match[0][0] + FORGED + match[0][1:], value)
         if isinstance(value, Mapping):
-            return {key: self._disarm(content) for key, content in value.items()}
+            return {self._disarm(key): self._disarm(content) for key, content in value.items()}
         if isinstance(value, list | tuple):
             return [self._disarm(content) for content in value]
         return value
@@ -205,7 +210,7 @@ class ChatTemplate:
     def openings(self) -> dict[str, np.ndarray]:
         """The tokens that a generation prompt adds to a question in each mode; int32."""
         question = [{"role": "user", "content": "a"}]
-        options = {"date": "2025-07-01"}  # some templates ask for one
+        options = {"date": ANY_DAY}
         found = {}
         for mode in MODES:
             prompt = self.encode(question, mode=mode, add_generation_prompt=True, **options)
@@ -222,8 +227,9 @@ class ChatTemplate:
         """
         question = [{"role": "user", "content": "a"}]
         both = [*question, {"role": "assistant", "content": "b"}]
-        prompt = self.encode(question, mode="no_think", add_generation_prompt=True).tokens
-        answer = self.encode(both, mode="no_think").tokens[len(prompt) :]
+        options = {"mode": "no_think", "date": ANY_DAY}
+        prompt = self.encode(question, add_generation_prompt=True, **options).tokens
+        answer = self.encode(both, **options).tokens[len(prompt) :]
         stop = next((i for i in answer.tolist() if i in set(self._special.values())), None)
         if stop is None:
             raise UserError(
@@ -286,7 +292,8 @@ def save_chat_tokenizer(template: ChatTemplate, folder: str | Path, **defaults: 
         template: The template and its tokenizer.
         folder: Receives ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``.
         defaults: What a model was trained with, such as ``date``: the values of variables of the
-            template where none are given.
+            template where none are given. A date also replaces today's where the template asks
+            for it.
     """
     backend, folder = template.tokenizer.backend, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -299,6 +306,8 @@ def save_chat_tokenizer(template: ChatTemplate, folder: str | Path, **defaults: 
         "model_max_length": 1 << 30,
     }
     source = template.source
+    if day := defaults.get("date"):
+        source = TODAY.sub(lambda match: json.dumps(day_of(day).strftime(match[2])), source)
     for name, value in defaults.items():
         if value is None or name not in template.variables:
             continue
@@ -323,12 +332,17 @@ def _stored_source(folder: Path) -> str | None:
     return stored
 
 
-def _day(date: str | None) -> Date:
+def day_of(date: str | None) -> Date:
+    """The day that a date names.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         return Date.fromisoformat(date)
     except (TypeError, ValueError):
         raise UserError(
-            f"the chat template asks for today's date, which is {date!r}; expected one such as "
+            f"today's date for the chat template is {date!r}, expected one such as --data.date "
             "2025-07-01"
         ) from None
 

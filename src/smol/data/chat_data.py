@@ -17,6 +17,7 @@ from smol.data.chat import (
     FILE,
     ChatTemplate,
     Rendered,
+    day_of,
     default_template,
     load_chat_template,
     save_chat_tokenizer,
@@ -53,6 +54,8 @@ class ChatData(PackedData):
         **packed: Any,
     ):
         super().__init__(**packed)
+        if date is not None:
+            day_of(date)
         self.subsets = {name: s for name, s in subsets.items() if s is not None and s.weight != 0}
         self.chat_template_path, self.date, self.bare = chat_template, date, bare
 

@@ -1,7 +1,5 @@
 """From records to documents: conversations as tokens, checked on the way."""
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from smol.data.chat import MODES, ChatTemplate, Message, Rendered
-from smol.data.messages import SubsetConfig, read_messages
+from smol.data.messages import SubsetConfig, is_held_out, read_messages
 from smol.data.packing import pieces
-from smol.data.prepare import split_of
 from smol.data.records import Records
 from smol.errors import UserError, nearest
 
-FORMAT = 2  # of the documents; part of the name they are kept under
+FORMAT = 3  # of the documents; part of the name they are kept under
 CHECKED = 64  # conversations of a set of which every turn is tokenised once more
 FLAGS = {"/think", "/no_think", "/system_override"}
 REASONING = re.compile(r"<think>\s*\S.*?</think>", re.DOTALL)
@@ -88,10 +85,8 @@ def read_conversations(config: SubsetConfig, held_out: bool) -> Iterator[Convers
     own_set = isinstance(config.held_out, str)
     for where, record in Records(config.held_out if own_set and held_out else config.path):
         messages, variables = read_messages(record, config, where)
-        if not own_set and config.held_out:
-            digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()
-            if (split_of(digest, config.held_out) == "held_out") != held_out:
-                continue
+        if not own_set and config.held_out and is_held_out(messages, config.held_out) != held_out:
+            continue
         thinking = variables.pop("enable_thinking", None)
         strict = config.mode != "data"
         if strict:
@@ -295,6 +290,9 @@ def check_subsets(subsets: Mapping[str, SubsetConfig]) -> None:
     """
     known = (*MODES, "data")
     for name, config in subsets.items():
+        for key in ("path", "weight", "mode", "held_out"):
+            if getattr(config, key) is None:
+                raise UserError(f"subset '{name}': {key} is null, expected a value")
         if config.mode not in known:
             hint = nearest(config.mode, known)
             raise UserError(

@@ -1,13 +1,17 @@
 """Messages of a conversation, from a record in any of the forms in use."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smol.data.chat import MODES
+from smol.data.chat import MODES, Message
+from smol.data.prepare import split_of
 from smol.errors import UserError, nearest, one_line, shown
 
+INSTRUCTIONS = "custom_instructions"  # of a record, or of its chat_template_kwargs
+OWN = {"messages", "mode", "add_generation_prompt"}  # arguments that are not a record's to give
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # other names in use
 
 
@@ -48,8 +52,11 @@ def read_messages(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The messages of a record, and the variables it gives to the template.
 
+    Custom instructions, of the record or of its ``chat_template_kwargs``, join the system message.
+
     Raises:
-        UserError: a column is missing, a message has no role, or the assistant has no turn.
+        UserError: a column is missing, a value is of the wrong type, a message has no role, the
+            assistant has no turn, or an answer is empty.
     """
     if config.prompt:
         names = {"user": config.prompt, "assistant": config.response}
@@ -63,33 +70,58 @@ def read_messages(
         raise UserError(
             f"{where} has no turn of the assistant, so there is nothing to train on; remove it"
         )
-    arguments = record.get("chat_template_kwargs") or {}
+    if any(m["role"] == "assistant" and _is_empty(m) for m in messages):
+        raise UserError(
+            f"{where} has an answer with nothing in it, so a model would learn to end at once; "
+            "remove it"
+        )
+    variables = _variables(record.get("chat_template_kwargs") or {}, where)
+    column = read_column(record, config.system, where) if config.system else None
+    first = messages[0]["content"] if messages[0]["role"] == "system" else column
+    texts = (first, record.get(INSTRUCTIONS), variables.pop(INSTRUCTIONS, None))
+    if system := _system(texts, where):
+        messages = [system, *messages[messages[0]["role"] == "system" :]]
+    if config.tools and (tools := read_column(record, config.tools, where)):
+        variables["tools"] = _tools(tools, f"column '{config.tools}'", where)
+    return messages, variables
+
+
+def is_held_out(messages: Sequence[Message], share: float) -> bool:
+    """Whether a conversation is on the held-out side, by the hash of its messages."""
+    text = json.dumps(messages, sort_keys=True, default=str)
+    return split_of(hashlib.sha256(text.encode()).digest(), share) == "held_out"
+
+
+def _variables(arguments: Any, where: str) -> dict[str, Any]:
+    """What ``chat_template_kwargs`` gives to the template; what is empty there is left out."""
     if not isinstance(arguments, Mapping):
         raise UserError(
             f"{where}: chat_template_kwargs is {shown(arguments)}, expected names with values"
         )
-    variables = {k: v for k, v in arguments.items() if v or (k, v) == ("enable_thinking", False)}
-    column = read_column(record, config.system, where) if config.system else None
-    instructions = variables.pop("custom_instructions", None)
-    if system := _system(messages, column, instructions, where):
-        messages = [system, *messages[messages[0]["role"] == "system" :]]
-    if config.tools and (tools := read_column(record, config.tools, where)):
-        variables["tools"] = _tools(tools, config.tools, where)
-    return messages, variables
+    if taken := OWN & arguments.keys():
+        raise UserError(
+            f"{where}: chat_template_kwargs has {', '.join(sorted(taken))}, which it cannot set; "
+            "remove it (the mode is enable_thinking, true or false)"
+        )
+    thinking = arguments.get("enable_thinking")
+    if thinking not in (None, True, False):
+        raise UserError(f"{where}: enable_thinking is {shown(thinking)}, expected true or false")
+    variables = {key: value for key, value in arguments.items() if value}
+    for name in ("tools", "xml_tools", "python_tools"):
+        if name in variables and not (name == "python_tools" and isinstance(variables[name], str)):
+            variables[name] = _tools(variables[name], name, where)
+    return variables if thinking is None else variables | {"enable_thinking": bool(thinking)}
 
 
-def _system(
-    messages: list[dict[str, Any]], column: Any, instructions: Any, where: str
-) -> dict[str, Any] | None:
-    """The system message: its own or the column's, and then the custom instructions."""
-    first = messages[0]["content"] if messages[0]["role"] == "system" else column
-    texts = [text for text in (first, instructions) if text]
+def _system(given: Sequence[Any], where: str) -> dict[str, Any] | None:
+    """The system message, of texts of which each may be empty or said before."""
+    texts = [text for text in given if text]
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"{where}: a system message is {shown(text)}, expected text")
     texts = list(dict.fromkeys(text.strip() for text in texts))
     flags = {word for text in texts for word in text.split()} & {f"/{mode}" for mode in MODES}
-    if len(texts) == 2 and len(flags) == 2:
+    if len(texts) > 1 and len(flags) > 1:
         raise UserError(
             f"{where}: the system message and the custom_instructions ask for different modes, "
             "/think and /no_think; remove one"
@@ -97,13 +129,19 @@ def _system(
     return {"role": "system", "content": "\n".join(texts)} if texts else None
 
 
-def _tools(tools: Any, column: str, where: str) -> Any:
+def _tools(tools: Any, name: str, where: str) -> list[Any]:
+    tools = _parsed(tools, name, where)
+    if not isinstance(tools, list) or not all(isinstance(t, str | Mapping) for t in tools):
+        raise UserError(f"{where}: {name} is {shown(tools)}, expected a list of functions")
+    return tools
+
+
+def _parsed(value: Any, name: str, where: str) -> Any:
+    """A value, which may be given as JSON."""
     try:
-        return json.loads(tools) if isinstance(tools, str) else tools
+        return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise UserError(
-            f"{where}: column '{column}' is no JSON ({one_line(error)}): {shown(tools)}"
-        ) from None
+        raise UserError(f"{where}: {name} is no JSON ({one_line(error)}): {shown(value)}") from None
 
 
 def read_column(record: Mapping[str, Any], name: str, where: str) -> Any:
@@ -126,9 +164,30 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         message = {"role": message["from"], "content": message.get("value")}
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise UserError(f"{where}: a message is {str(message)[:60]!r}, expected role and content")
-    made = {key: value for key, value in message.items() if value is not None}
-    content = made.setdefault("content", "")
-    if not isinstance(content, str):
-        kind = type(content).__name__
-        raise UserError(f"{where}: the content of a message is of type {kind}, expected text")
+    made = {"content": ""} | {key: value for key, value in message.items() if value is not None}
+    for key in ("content", "reasoning_content"):
+        if not isinstance(made.get(key, ""), str):
+            kind = type(made[key]).__name__
+            raise UserError(f"{where}: the {key} of a message is of type {kind}, expected text")
+    if "tool_calls" in made:
+        made["tool_calls"] = _calls(made["tool_calls"], where)
     return made | {"role": ROLES.get(made["role"], made["role"])}
+
+
+def _is_empty(answer: Message) -> bool:
+    parts = (answer["content"], answer.get("reasoning_content", ""))
+    return not (any(part.strip() for part in parts) or answer.get("tool_calls"))
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Calls of functions, each with a name; what is given as JSON is parsed."""
+    calls = _parsed(calls or [], "tool_calls", where)
+    made = [_parsed(c, "a tool call", where) for c in calls] if isinstance(calls, list) else [calls]
+    for call in made:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UserError(
+                f"{where}: a tool call is {shown(call)}, expected a function with name and "
+                "arguments"
+            )
+    return made

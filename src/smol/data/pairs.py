@@ -1,7 +1,5 @@
 """From records to pairs of answers as tokens, checked on the way."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -17,10 +15,9 @@ from smol.data.conversation_tokens import (
     encode,
     has_reasoning,
 )
-from smol.data.messages import SubsetConfig, read_column, read_messages
-from smol.data.prepare import split_of
+from smol.data.messages import SubsetConfig, is_held_out, read_column, read_messages
 from smol.data.records import Records
-from smol.errors import UserError
+from smol.errors import UserError, shown
 
 
 @dataclass
@@ -93,11 +90,9 @@ def read_pairs(config: PairsConfig, held_out: bool) -> Iterator[Pair]:
     own_set = isinstance(config.held_out, str)
     for where, record in Records(config.held_out if own_set and held_out else config.path):
         pair = _pair(record, config, where)
-        if not own_set and config.held_out:
-            prompt = json.dumps(pair.prompt.messages, sort_keys=True).encode()
-            side = split_of(hashlib.sha256(prompt).digest(), config.held_out)
-            if (side == "held_out") != held_out:
-                continue
+        asked = pair.prompt.messages
+        if not own_set and config.held_out and is_held_out(asked, config.held_out) != held_out:
+            continue
         yield pair
 
 
@@ -149,7 +144,7 @@ def _as_messages(value: Any, role: str, column: str, where: str) -> list[Any]:
     if isinstance(value, list) and value:
         return value
     raise UserError(
-        f"{where}: column '{column}' is {str(value)[:40]!r}, expected a text or a list of messages"
+        f"{where}: column '{column}' is {shown(value)}, expected a text or a list of messages"
     )
 
 
@@ -171,7 +166,7 @@ def documents(
             ``unasked``: it does not follow the generation prompt of the mode.
 
     Raises:
-        UserError: a record is no pair, or a check fails.
+        UserError: a record is no pair, a check fails, or nothing is left to train on.
     """
     notes |= {"modes": {}, "dropped": 0, "cut": 0, "same": 0, "unasked": 0}
     longest = 0
@@ -199,12 +194,22 @@ def documents(
         for name, document in zip(("chosen", "rejected"), item, strict=True):
             counts[name] += int(document.trained.sum())
         yield item
-    if notes["dropped"] and not notes["modes"]:
-        raise UserError(
-            f"{config.path}: all {notes['dropped']:,} pairs are longer than data.max_length, "
-            f"{rendering.context} tokens; type --data.max_length {longest} --data.context_length "
-            f"{2 * longest}"
-        )
+    if held_out or notes["modes"] or not (reasons := left_out(notes, rendering.context)):
+        return
+    remedy = "; the pairs need other answers"
+    if notes["dropped"]:
+        remedy = f"; type --data.max_length {longest} --data.context_length {2 * longest}"
+    raise UserError(f"{config.path}: no pair is left to train on: {', '.join(reasons)}{remedy}")
+
+
+def left_out(notes: Mapping[str, Any], max_length: int) -> list[str]:
+    """How many pairs of a set are not read, and why."""
+    reasons = {
+        "dropped": f"longer than {max_length} tokens",
+        "same": "with two answers that are the same",
+        "unasked": "with a rejected answer in another mode than the prompt",
+    }
+    return [f"{notes[key]:,} {reason}" for key, reason in reasons.items() if notes[key]]
 
 
 def encode_pair(pair: Pair, rendering: Rendering, every_turn: bool) -> list[Rendered] | None:

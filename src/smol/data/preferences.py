@@ -21,7 +21,7 @@ from smol.data.loader import RowLoader
 from smol.data.messages import SubsetConfig
 from smol.data.packed import Items, PackedBatch, PackedRows
 from smol.data.packed_data import HeldOutItems
-from smol.data.pairs import PairsConfig, documents
+from smol.data.pairs import PairsConfig, documents, left_out
 from smol.errors import UserError, nearest
 from smol.paths import resolve
 
@@ -183,24 +183,28 @@ class Preferences(ChatData):
     # -- what is said before the run -------------------------------------------------------------
 
     def balance(self) -> Iterator[str]:
+        """Lines of a table: the pairs of each subset and mode, weights applied; mean lengths."""
         read = [(self.rows.set_of(self.rows.chosen) == i) for i in range(len(self.source_names))]
         yield f"{'subset':<28} {'pairs':>10} {'held out':>10} {'chosen':>8} {'rejected':>8}  mode"
+        by_mode: dict[str, float] = {}
         sets = zip(self.source_names, read, self.rows.sets, self._held_out, strict=True)
         for name, mine, items, held_out in sets:
             modes, notes = items.notes["modes"], items.notes
             means = [sum(m[side] for m in modes.values()) / max(len(items), 1) for side in SIDES]
-            shares = (f"{mode} {m['pairs'] / len(items):.0%}" for mode, m in sorted(modes.items()))
+            shares = {mode: m["pairs"] / len(items) for mode, m in sorted(modes.items())}
+            for mode, share in shares.items():
+                by_mode[mode] = by_mode.get(mode, 0.0) + share * int(mine.sum())
+            shown = ", ".join(f"{mode} {share:.0%}" for mode, share in shares.items())
             line = f"{name:<28} {mine.sum():>10,} {len(held_out):>10,} {means[0]:>8.1f} "
-            line += f"{means[1]:>8.1f}  {', '.join(shares)}"
-            for what, why in (
-                ("dropped", f"dropped, longer than {self.max_length} tokens"),
-                ("cut", f"cut to {self.max_length} tokens"),
-                ("same", "left out, both answers being the same"),
-                ("unasked", "left out, the rejected answer being in another mode than its prompt"),
-            ):
-                if notes[what]:
-                    line += f"; {notes[what]:,} {why}"
+            line += f"{means[1]:>8.1f}  {shown}"
+            if notes["cut"]:
+                line += f"; {notes['cut']:,} cut to {self.max_length} tokens"
+            if reasons := left_out(notes, self.max_length):
+                line += f"; left out: {', '.join(reasons)}"
             yield line
+        total = len(self.rows.chosen)
+        by_mode = ", ".join(f"{mode} {n / total:.1%}" for mode, n in sorted(by_mode.items()))
+        yield f"{'all':<28} {total:>10,} {sum(map(len, self._held_out)):>10,} {'':>17}  {by_mode}"
 
     def example(self, colour: bool) -> str:
         pair = self.rows.documents_of(int(self.rows.items_of(len(self.rows) - 1)[0]))

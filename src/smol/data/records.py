@@ -1,12 +1,13 @@
 """Records of jsonl and parquet files and of Hugging Face datasets, one dictionary each."""
 
 import json
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from smol.data.documents import Files, format_of
 from smol.data.hub import HubDataset
-from smol.errors import UserError
+from smol.errors import UserError, one_line
 from smol.paths import resolve
 
 HUB = "hub:"
@@ -59,13 +60,20 @@ def _jsonl(url: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import fsspec
 
     with fsspec.open(url, "rb", compression="infer") as stream:
-        for number, line in enumerate(stream, 1):
+        lines = enumerate(stream, 1)
+        while True:
+            try:
+                number, line = next(lines)
+            except StopIteration:
+                return
+            except (OSError, EOFError, zlib.error) as error:  # of a broken compressed file
+                raise UserError(f"{shown} cannot be read ({one_line(error)})") from None
             if not line.strip():
                 continue
             where = f"{shown}:{number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: broken JSON ({error})") from None
             if not isinstance(record, dict):
                 kind = type(record).__name__
