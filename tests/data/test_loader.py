@@ -156,4 +156,4 @@ sys.exit(143)
 def test_a_worker_that_hangs_does_not_keep_the_process_from_ending():
     command = [sys.executable, "-c", HUNG]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (143, "0 1\n"), done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (143, "0 1\n", "")

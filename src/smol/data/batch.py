@@ -47,7 +47,9 @@ class TokenBatch:
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
-def token_tensors(blocks: np.ndarray, eos_id: int) -> dict[str, Tensor]:
+def token_tensors(
+    blocks: np.ndarray, eos_id: int, document_masking: bool = True
+) -> dict[str, Tensor]:
     """Inputs, targets, documents and positions of blocks of a token stream.
 
     A document begins at the end-of-text token before it, which so serves as its begin-of-text:
@@ -56,13 +58,14 @@ def token_tensors(blocks: np.ndarray, eos_id: int) -> dict[str, Tensor]:
     Args:
         blocks: ``(rows, time + 1)``, any integer type.
         eos_id: The token that stands after each document.
+        document_masking: Whether documents are kept apart; if not, each row counts as one.
 
     Returns:
         ``tokens``, ``targets``, ``documents``, ``positions`` as :class:`TokenBatch` describes them.
     """
     blocks = blocks.astype(np.int64)
     tokens, targets = blocks[:, :-1], blocks[:, 1:]
-    begins = tokens == eos_id
+    begins = (tokens == eos_id) & document_masking
     time = np.arange(tokens.shape[1])
     last_begin = np.maximum.accumulate(np.where(begins, time, 0), axis=1)
     return {

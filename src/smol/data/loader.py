@@ -2,14 +2,16 @@
 
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from smol.data.batch import TokenBatch, token_tensors
 from smol.data.curriculum import Curriculum, Samples
@@ -82,10 +84,12 @@ class Blocks:
     Args:
         streams: By the number of their source.
         eos_id: The token that stands after each document.
+        document_masking: Whether documents are kept apart.
     """
 
-    def __init__(self, streams: list[TokenStream], eos_id: int):
+    def __init__(self, streams: list[TokenStream], eos_id: int, document_masking: bool = True):
         self.streams, self.eos_id = streams, eos_id
+        self.document_masking = document_masking
 
     def read(self, samples: Samples, mine: slice) -> TokenBatch:
         segment, source = samples.segment, samples.source[mine]
@@ -95,7 +99,7 @@ class Blocks:
             for source, chunk, start in places
         ]
         return TokenBatch(
-            **token_tensors(np.stack(blocks), self.eos_id),
+            **token_tensors(np.stack(blocks), self.eos_id, self.document_masking),
             sources=torch.from_numpy(source),
             step_tokens=segment.global_batch,
         )
@@ -152,8 +156,15 @@ class _Workers(DataLoader):
         batches = super().__iter__()
         for worker in getattr(batches, "_workers", ()):
             # By which they are ended at last, also at the end of this process.
-            worker._popen.terminate = worker._popen.kill
+            worker._popen.terminate = partial(_kill, worker._popen, id(batches))
         return batches
+
+
+def _kill(worker: Any, batches: int) -> None:
+    with suppress(ValueError):  # not watched any more
+        # Else torch raises because a worker has died, before the next one is ended.
+        _remove_worker_pids(batches)
+    worker.kill()
 
 
 def _ignore_signals(worker: int) -> None:
@@ -173,6 +184,7 @@ class PositionLoader:
         layout: This process's share of a global batch.
         num_workers: Processes that read ahead; 0 reads in this one.
         prefetch: Micro-batches that each worker reads ahead.
+        document_masking: Whether documents are kept apart.
     """
 
     def __init__(
@@ -183,8 +195,9 @@ class PositionLoader:
         layout: Layout,
         num_workers: int = 0,
         prefetch: int = 4,
+        document_masking: bool = True,
     ):
-        rows = Blocks([streams[name] for name in curriculum.names], eos_id)
+        rows = Blocks([streams[name] for name in curriculum.names], eos_id, document_masking)
         self._begin(curriculum, rows, layout, num_workers, prefetch)
 
     def _begin(

@@ -49,6 +49,8 @@ class Pretraining(PositionedData):
         storage_options: Passed to fsspec for remote sources (endpoint, credentials).
         verify: Compare each chunk with the SHA-256 of its card when it is first opened.
         allow_changed_data: Go on although a source that was already read has other content now.
+        document_masking: Whether tokens attend within their document only, and positions begin anew
+            with each; if not, rows are trained on as one. Held-out text is always read by document.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Pretraining(PositionedData):
         storage_options: dict[str, Any] | None = None,
         verify: bool = True,
         allow_changed_data: bool = False,
+        document_masking: bool = True,
     ):
         super().__init__()
         for key, number in {
@@ -101,6 +104,7 @@ class Pretraining(PositionedData):
         self.embedded_vocab_size = embedded_vocab_size
         self.verify = verify
         self.allow_changed_data = allow_changed_data
+        self.document_masking = document_masking
         self.cache = ChunkCache(cache_dir, int(cache_gigabytes * 1e9), storage_options)
         self.tokenizer: Tokenizer | None = None
         self._streams: dict[str, TokenStream] = {}
@@ -215,7 +219,12 @@ class Pretraining(PositionedData):
 
     def build_loader(self, curriculum: Curriculum) -> PositionLoader:
         return PositionLoader(
-            curriculum, self._streams, self.tokenizer.eos_id, self.layout(), self.num_workers
+            curriculum,
+            self._streams,
+            self.tokenizer.eos_id,
+            self.layout(),
+            self.num_workers,
+            document_masking=self.document_masking,
         )
 
     def ledger(self) -> dict[str, float]:
