@@ -115,7 +115,8 @@ class NaNRollback(Callback):
             return  # a module may have nothing to learn from a batch
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = getattr(pl_module, "gradient_norm", lambda: gradient_norm(parameters))()
-        sums = torch.stack([torch.stack(self._losses).sum(), norm.float()])
+        loss = torch.stack(self._losses).sum()
+        sums = torch.stack([loss, norm.to(loss)])  # a norm of offloaded gradients is on the host
         # Not a number if any of them is none.
         loss, norm = reduce_processes(trainer, sums, "mean").tolist()
         self.attempts += 1

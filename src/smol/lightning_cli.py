@@ -29,13 +29,21 @@ from smol.errors import UserError
 from smol.heartbeat import Heartbeat, is_launched
 from smol.interpolation import interpolate
 from smol.model.io import with_trained_context
+from smol.parallel.processes import leave_groups_at_exit
 from smol.paths import is_url, resolve
-from smol.restarts import refuse_crash_loop
+from smol.restarts import TERMINATED, refuse_crash_loop
 from smol.runs import CHECKPOINTS, find_start
 
 DEFAULT_ORDER = 250  # guards 100, monitors 200, checkpoints 400, reports 500
 DEFAULT_SEED = 42
 MAX_SEED = 2**32 - 1  # NumPy's
+LEAST = {  # of the data and of its stages
+    "context_length": 1,
+    "global_batch_tokens": 1,
+    "micro_batch_tokens": 1,
+    "start_step": 0,
+    "start_tokens": 0,
+}
 _default_format = warnings.formatwarning
 
 
@@ -201,6 +209,16 @@ class SmolCLI(LightningCLI):
         seed = settings.seed_everything
         if seed is not None and not 0 <= seed <= MAX_SEED:
             raise UserError(f"seed_everything is {seed}, expected 0 to {MAX_SEED:,}")
+        self._check_data()
+
+    def _check_data(self) -> None:
+        data = self.settings.get("data.init_args") or {}
+        stages = {f"data.stages.{k}": s for k, s in (data.get("stages") or {}).items() if s}
+        for place, values in {"data": data, **stages}.items():
+            for key, least in LEAST.items():
+                number = values.get(key)
+                if number is not None and number < least:
+                    raise UserError(f"{place}.{key} is {number}, expected {least} or more")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: Lightning would let a checkpoint's override it."""
@@ -257,7 +275,10 @@ class SmolCLI(LightningCLI):
         try:
             with _lightning_mistakes(MisconfigurationException):
                 super()._run_subcommand(subcommand)
+            leave_groups_at_exit()
         except SystemExit as stop:
+            if stop.code == TERMINATED:
+                leave_groups_at_exit()
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
             if rank() == 0:
@@ -279,7 +300,19 @@ class SmolCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        return {**kwargs, "ckpt_path": self.resolve_checkpoint()}
+        kwargs["ckpt_path"] = self.resolve_checkpoint()
+        if subcommand == "fit" and not self.trainer.fast_dev_run:
+            self._make_run_folder()
+        return kwargs
+
+    def _make_run_folder(self) -> None:
+        try:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the run folder {self.run_folder}: {error.strerror}; type --runs_dir "
+                "FOLDER with one that can be written to"
+            ) from error
 
 
 class WriteConfig(pl.Callback):
@@ -301,7 +334,6 @@ class WriteConfig(pl.Callback):
         if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder = self.cli.run_folder
-        folder.mkdir(parents=True, exist_ok=True)
         text = dump_yaml(self.cli.config_dump)
         file = folder / "config.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") != text:

@@ -78,6 +78,13 @@ def kinds(rotation):
     return [news.kind for news in rotation.news()]
 
 
+def wait_for(condition):
+    until = time.monotonic() + PATIENT
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert condition()
+
+
 def newest(runs, local):
     found = Replicas(local, runs.of("run", local.root), pause=0).newest()
     weights = read_checkpoint(found[1])["state_dict"]["w"]
@@ -90,13 +97,10 @@ def test_what_is_safe_goes_locally_but_for_one(rotate, runs, local):
     for step in (8, 10, 12, 14, 16):
         save(rotation, step, pinned=step == 12)
         assert rotation.mirror.flush(PATIENT)
+    remote = runs.of("run")
+    wait_for(lambda: steps(remote) == [10, 12, 14, 16])
     rotation.finish(PATIENT)
     assert steps(local) == [16]
-    remote = runs.of("run")
-    until = time.monotonic() + PATIENT
-    while steps(remote) != [10, 12, 14, 16] and time.monotonic() < until:
-        time.sleep(0.05)
-    assert steps(remote) == [10, 12, 14, 16]
     assert [is_pinned(remote, info.key) for info in remote.list()] == [False, True, False, False]
     assert rotation.mirror.age_of_durable < 60
     assert rotation.mirror.uploaded_bytes > 5 * 4 * 512
@@ -145,12 +149,9 @@ def test_a_fault_delays_and_nothing_more(rotate, runs, local, proxy, method, nam
         save(rotation, step)
         assert time.monotonic() - began < 5  # the training waits for the local copy alone
         assert rotation.mirror.flush(PATIENT)
+    wait_for(lambda: steps(runs.of("run")) == [2, 3])
     rotation.finish(PATIENT)
     assert steps(local) == [3]
-    until = time.monotonic() + PATIENT
-    while steps(runs.of("run")) != [2, 3] and time.monotonic() < until:
-        time.sleep(0.05)
-    assert steps(runs.of("run")) == [2, 3]
     for info in runs.of("run").list():
         runs.of("run").verify(info)
 
@@ -169,32 +170,28 @@ def test_permissions_that_are_gone_stop_nothing(rotate, runs, local, proxy, what
         "delete": lambda request: request.is_delete,
     }[what]
     proxy.fault = lambda request: 403 if denied(request) else None
-    before = len(proxy.requests)
+    before, news = len(proxy.requests), []
+
+    def is_refused():
+        news.extend(item for item in rotation.news() if item.kind == "upload_failed")
+        return any("PermissionError" in n.message or "Forbidden" in n.message for n in news)
+
     for step in (3, 4, 5):
         save(rotation, step)
         rotation.mirror.flush(0.7)
-    attempts = rotation.mirror.failures
-    assert attempts >= 1
+    wait_for(is_refused)
     assert len(proxy.requests) - before < 600  # it waits between attempts
-    news = rotation.news()
-    failed = [item for item in news if item.kind == "upload_failed"]
-    assert failed
-    assert "PermissionError" in failed[-1].message or "Forbidden" in failed[-1].message
     if what == "delete":
-        assert 5 in steps(runs.of("run"))
+        wait_for(lambda: 5 in steps(runs.of("run")))
     else:
         # At least two verified ones here, and those in the store.
         assert steps(local)[-2:] == [4, 5]
         local.verify(local.list()[-1])
     proxy.fault = lambda request: None
     rotation.mirror.wake()
-    assert rotation.mirror.flush(PATIENT)
+    wait_for(lambda: steps(runs.of("run")) == [4, 5])
     rotation.finish(PATIENT)
     assert steps(local) == [5]
-    until = time.monotonic() + PATIENT
-    while steps(runs.of("run")) != [4, 5] and time.monotonic() < until:
-        time.sleep(0.05)
-    assert steps(runs.of("run")) == [4, 5]
 
 
 def test_the_older_of_two_writers_stops_before_its_next_commit(rotate, runs, local, tmp_path):
@@ -218,19 +215,24 @@ def test_the_older_of_two_writers_stops_before_its_next_commit(rotate, runs, loc
     newer.stop()
 
 
-def test_of_many_that_claim_at_once_one_is_left(runs):
+def test_of_many_that_claim_at_once_one_is_left(s3, tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
+    runs = RemoteRuns(f"s3://{BUCKET}/{tmp_path.name}", s3.storage_options)
     fences = [Fence(runs.of("run")) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda fence: fence.claim(), fences))
-    assert sorted(fence.number for fence in fences) == [1, 2, 3, 4]
-    for fence in fences:
-        if fence.number == 4:
+
+    def is_left(fence):
+        try:
             fence.check()
-        else:
-            with pytest.raises(FencedError, match="has taken over"):
-                fence.check()
+        except FencedError:
+            return False
+        return True
+
+    # Also where a server lets two create the same object: what it says in the end decides.
+    (last,) = [fence for fence in fences if is_left(fence)]
+    assert last.number == max(fence.number for fence in fences)
 
 
 def test_a_local_folder_has_one_writer_too(local):
@@ -321,11 +323,9 @@ def test_the_next_start_finishes_what_was_left(rotate, runs, local, proxy, s3):
     s3.fs.pipe(parts)
     proxy.fault = lambda request: None
     second = rotate()
+    wait_for(lambda: not second.mirror._dirty)
     second.finish(PATIENT)
     assert steps(runs.of("run")) == [1]
-    until = time.monotonic() + PATIENT
-    while time.monotonic() < until and second.mirror._dirty:
-        time.sleep(0.05)
     s3.fs.invalidate_cache()
     assert not [p for p in s3.fs.find(remote.root) if "step-00000009" in p]
     left = s3.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)["Uploads"]
@@ -341,11 +341,8 @@ def test_what_was_resumed_from_stays(rotate, runs, local):
     for step in (2, 3, 4):
         save(second, step)
         assert second.mirror.flush(PATIENT)
+    wait_for(lambda: steps(runs.of("run")) == [1, 3, 4])
     second.finish(PATIENT)
-    until = time.monotonic() + PATIENT
-    while steps(runs.of("run")) != [1, 3, 4] and time.monotonic() < until:
-        time.sleep(0.05)
-    assert steps(runs.of("run")) == [1, 3, 4]
 
 
 # -- restoring -------------------------------------------------------------------------------------

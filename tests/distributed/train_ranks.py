@@ -11,6 +11,7 @@ from tiny import make_data, make_module, make_stages, make_trainer
 
 from smol.data.batch import IGNORE
 from smol.parallel import FSDP2Strategy
+from smol.parallel.processes import leave_groups_at_exit
 
 STAGES = {
     "one": {"start_step": 0, "cats": 0.7, "dogs": 0.3},
@@ -86,3 +87,5 @@ if __name__ == "__main__":
         sources, folder = Path(options.pop("sources")), Path(options.pop("folder"))
         trainer, steps = run(sources, folder, **options)
         (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(steps))
+        del trainer
+    leave_groups_at_exit()

@@ -132,10 +132,11 @@ def run(folder, strategy, devices, epochs, resume=None, save=None, clip=0.5, **m
     }
 
 
-def kinds_after_evaluation():
+def kinds_after_evaluation(reshard_after_forward):
     """Types of the parameters that a forward pass without a backward pass leaves behind."""
     decoder = Decoder(DecoderConfig(VOCABULARY, 16, 2, 2, 1, 34))
-    shard_decoder(decoder, init_device_mesh("cpu", (2,)))
+    mesh = init_device_mesh("cpu", (2,))
+    shard_decoder(decoder, mesh, reshard_after_forward=reshard_after_forward)
     with torch.no_grad():
         decoder(torch.zeros(1, 4, dtype=torch.long))
     return sorted({type(parameter).__name__ for parameter in decoder.parameters()})
@@ -155,7 +156,7 @@ def two_processes(folder):
         folder, FSDP2Strategy(), 2, 1, resume="muon3", save="muon3_copy", optimizer="muon"
     )
     results["bf16"] = run(folder, FSDP2Strategy(), 2, 1, mixed_precision=torch.bfloat16)
-    results["after_evaluation"] = kinds_after_evaluation()
+    results["after_evaluation"] = [kinds_after_evaluation(reshard) for reshard in (True, False)]
     try:
         run(folder, FSDP2Strategy(), 2, 2, resume="damaged")
     except ValueError as error:
@@ -303,7 +304,7 @@ def test_mixed_precision_keeps_float32_parameters(runs):
 
 def test_evaluation_leaves_nothing_gathered(runs):
     """Else the next training step would not see what a callback has done to the shards."""
-    assert runs[2]["after_evaluation"] == ["DTensor"]
+    assert runs[2]["after_evaluation"] == [["DTensor"], ["DTensor"]]
 
 
 def test_a_damaged_file_is_named_on_every_rank(runs):

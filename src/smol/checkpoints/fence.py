@@ -5,11 +5,13 @@ import os
 import socket
 import uuid
 from datetime import UTC, datetime
+from time import sleep
 
 from smol.checkpoints.store import FsspecStore
 from smol.errors import UserError
 
 WRITERS = "writers"
+ATTEMPTS, PAUSE_SECONDS = 4, 0.1
 
 
 class FencedError(UserError):
@@ -49,6 +51,7 @@ class Fence:
             fs.makedirs(self._folder, exist_ok=True)
         time = datetime.now(UTC).isoformat(timespec="seconds")
         text = json.dumps(self._identity | {"time": time}).encode()
+        missing = 0
         while not self.number:
             number = max(self._claims(), default=0) + 1
             failure = None
@@ -60,7 +63,12 @@ class Fence:
             try:
                 found = fs.cat_file(self._path(number))
             except FileNotFoundError:
-                raise failure or UserError(f"{self._path(number)} is gone again") from None
+                # It may be refused to this process and not yet be there of another's.
+                missing += 1
+                if missing == ATTEMPTS:
+                    raise failure or UserError(f"{self._path(number)} is gone again") from None
+                sleep(PAUSE_SECONDS * missing)
+                continue
             if found == text:  # also where the answer to the write was lost on its way
                 self.number, self._held = number, text
 

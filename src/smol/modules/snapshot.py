@@ -1,6 +1,7 @@
 """What a run needs to go back to where it was, kept in the memory of the host."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -55,15 +56,12 @@ class Snapshot:
         """Copy the present state, into the memory of the one before."""
         self.clock = Clock(trainer)
         present = dict(_state(trainer, pl_module))
-        floating = [t for t in present.values() if t.is_floating_point() and t.numel()]
-        # The largest magnitude, since it is not a number when any element is none.
-        largest = [torch.linalg.vector_norm(t, torch.inf).float() for t in floating]
-        self._finite = torch.stack(largest).isfinite().all()
+        self._finite = _finite_by_device(present.values())
         self._tensors = {key: _to_host(t, self._tensors.get(key)) for key, t in present.items()}
 
     def is_finite(self) -> bool:
         """Whether every floating-point tensor was finite on this rank; waits for the device."""
-        return bool(self._finite)
+        return all(self._finite.values())
 
     @torch.no_grad()
     def restore(self, trainer: Any, pl_module: Any) -> None:
@@ -94,6 +92,16 @@ def _state(trainer: Any, pl_module: Any) -> Iterator[tuple[Any, Tensor]]:
                     kind = f"{type(optimizer).__name__} keeps '{name}' as {type(value).__name__}"
                     raise TypeError(f"{kind}; only optimisers whose state is tensors can go back")
                 yield (i, parameter, name), local_part(value)
+
+
+def _finite_by_device(tensors: Iterable[Tensor]) -> dict[torch.device, Tensor]:
+    """Whether all that is floating-point on a device is finite there, a boolean scalar on it."""
+    largest = defaultdict(list)
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            # The largest magnitude, since it is not a number when any element is none.
+            largest[tensor.device].append(torch.linalg.vector_norm(tensor, torch.inf).float())
+    return {device: torch.stack(norms).isfinite().all() for device, norms in largest.items()}
 
 
 def _to_host(tensor: Tensor, memory: Tensor | None) -> Tensor:

@@ -1,10 +1,13 @@
 """Fully sharded data parallelism (FSDP2) of a decoder."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -34,7 +37,8 @@ def shard_decoder(
             ``torch.bfloat16``; gradients are then reduced in float32. None leaves both to the
             parameters' dtype.
         cpu_offload: Keep the shards in the memory of the host; they then have to be put there.
-        reshard_after_forward: Whether blocks give what they have gathered away in between.
+        reshard_after_forward: Whether blocks give what they have gathered away in between. They
+            always do after a forward pass without gradients, such as that of validation.
     """
     pinned = mesh.device_type != "cpu"
     options = {
@@ -47,9 +51,20 @@ def shard_decoder(
     }
     for block in decoder.model.layers:
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-    # Not left gathered after the forward pass, which is torch's choice for the root: what is
-    # gathered in validation would hide a later change of the shards from the next training step.
     fully_shard(decoder, reshard_after_forward=True, **options)
+    decoder.register_forward_hook(_reshard_unless_backward)
+
+
+def _reshard_unless_backward(decoder: nn.Module, inputs: Any, output: Any) -> None:
+    """Give away what no backward pass will.
+
+    Left gathered by validation, parameters would hide a later change of their shards, such as a
+    rollback's, from the next training step.
+    """
+    if not torch.is_grad_enabled():
+        for module in decoder.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def local_part(tensor: Tensor) -> Tensor:
