@@ -23,7 +23,7 @@ class ObjectStore:
     """An S3 server in a folder, with one bucket."""
 
     def __init__(self, folder: Path):
-        self.folder, self.port = folder, free_port()
+        self.folder = folder
         identity = {
             "name": "test",
             "credentials": [
@@ -33,25 +33,36 @@ class ObjectStore:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        weed = shutil.which("weed") or str(Path(os.sys.executable).parent / "weed")
-        ports = {name: free_port() for name in ("master", "volume", "filer")}
-        grpc = {f"{name}.port.grpc": free_port() for name in (*ports, "s3")}
+        self.log = open(folder / "weed.log", "ab")  # noqa: SIM115
+        for _ in range(3):  # a port that was free may have been taken since
+            self._start()
+            if self._answers():
+                return
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+        raise RuntimeError((self.folder / "weed.log").read_text()[-2000:])
+
+    def _start(self) -> None:
+        """Start the server on ports that are free."""
+        ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+        grpc = {f"{name}.port.grpc": free_port() for name in ports}
+        self.port = ports["s3"]
         flags = {
-            "dir": str(folder),
+            "dir": str(self.folder),
             "ip": "127.0.0.1",
             "ip.bind": "127.0.0.1",
             **{f"{name}.port": port for name, port in ports.items()},
             **grpc,
             "filer": "true",
             "s3": "true",
-            "s3.port": self.port,
-            "s3.config": str(folder / "s3.json"),
+            "s3.config": str(self.folder / "s3.json"),
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
             "volume.max": 20,
             "master.volumeSizeLimitMB": 256,
         }
-        self.log = open(folder / "weed.log", "wb")  # noqa: SIM115
+        weed = shutil.which("weed") or str(Path(os.sys.executable).parent / "weed")
         self.process = subprocess.Popen(
             [weed, "server", *(f"-{name}={value}" for name, value in flags.items())],
             stdout=self.log,
@@ -62,22 +73,20 @@ class ObjectStore:
             "secret": SECRET,
             "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{self.port}"},
         }
-        self._wait()
 
-    def _wait(self, seconds: float = 60) -> None:
+    def _answers(self, seconds: float = 60) -> bool:
+        """Wait until it has made its bucket; False where it ended or took too long."""
         import s3fs
 
         until = time.monotonic() + seconds
-        while True:
+        while self.process.poll() is None and time.monotonic() < until:
             try:
                 self.fs = s3fs.S3FileSystem(skip_instance_cache=True, **self.storage_options)
                 self.fs.mkdir(BUCKET)
-                return
+                return True
             except Exception:
-                if time.monotonic() > until or self.process.poll() is not None:
-                    self.stop()
-                    raise RuntimeError((self.folder / "weed.log").read_text()[-2000:]) from None
                 time.sleep(0.3)
+        return False
 
     def upload(self, folder: Path, name: str) -> str:
         """Copy a folder into the bucket; returns its URL."""

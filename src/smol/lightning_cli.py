@@ -334,6 +334,7 @@ class WriteConfig(pl.Callback):
         if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder = self.cli.run_folder
+        folder.mkdir(parents=True, exist_ok=True)
         text = dump_yaml(self.cli.config_dump)
         file = folder / "config.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") != text:

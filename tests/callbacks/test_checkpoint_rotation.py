@@ -276,10 +276,15 @@ def test_a_run_whose_folder_was_deleted_goes_on_from_the_store(sources, tmp_path
     def rotation():
         return CheckpointRotation(every=3, store=str(tmp_path / "safe"))
 
+    class DieOnceUploaded(Bomb):  # what dies sooner uploads nothing
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            if trainer.global_step == self.step:
+                wait_for(lambda: steps_kept_in(remote) == [3])
+            super().on_before_optimizer_step(trainer, module, optimizer)
+
     run = tmp_path / "run"
     with pytest.raises(Die):
-        train(run, sources, 9, Bomb(5), Events(), checkpoint=rotation())
-    wait_for(lambda: steps_kept_in(remote) == [3])
+        train(run, sources, 9, DieOnceUploaded(5), Events(), checkpoint=rotation())
     shutil.rmtree(run)
     start = find_start(run, remote=remote)
     assert start.lineage is None

@@ -163,6 +163,10 @@ class TestRefused:
             ("trainer: {gradient_clip_val: -1}", "trainer.gradient_clip_val is -1, expected 0 or "
              "more, or null"),
             ("seed_everything: -1", "seed_everything is -1, expected 0 to 4,294,967,295"),
+            ("data: {init_args: {stages: {stage2: {context_length: -2}}}}",
+             "data.stages.stage2.context_length is -2, expected 1 or more"),
+            ("runs_dir: /proc/there", "cannot make the run folder /proc/there/first: No such file "
+             "or directory; type --runs_dir FOLDER with one that can be written to"),
             (
                 "continues: one\ninit_from: two",
                 "both continues ('one') and init_from ('two') are set, expected at most one; "

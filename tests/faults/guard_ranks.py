@@ -13,8 +13,12 @@ from smol.parallel import FSDP2Strategy
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     sources, folder = Path(options["sources"]), Path(options["folder"])
-    strategy = FSDP2Strategy() if options["strategy"] == "fsdp2" else "ddp"
+    strategy = "ddp"
+    if options["strategy"] == "fsdp2":
+        strategy = FSDP2Strategy(reshard_after_forward=False)
+    # Validation comes right before snapshots, and leaves nothing gathered that they would take.
     kwargs = {"devices": 2, "strategy": strategy, "micro": 64}
+    kwargs |= {"limit_val_batches": 1, "val_check_interval": 5}
     run = train(
         folder, sources, faults=options.get("faults", ()), omit=options.get("omit", ()), **kwargs
     )
