@@ -23,6 +23,7 @@ PLACES = {
     "trainer.logger": ("smol.experiments", "Logger"),
     "trainer.strategy": ("smol.parallel", "Strategy"),
 }
+OF_OTHER_SCRIPTS = ("ablations", "data", "merges", "tasks")  # folders of configs/
 WIDTH = 120
 
 
@@ -96,7 +97,7 @@ def _configs() -> Iterator[tuple[str, str]]:
     """Files that ``--config`` takes, and what their first comment says."""
     folder = project_root() / "configs"
     for file in sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file)):
-        if file.parent.name != "data":  # those are of prepare.py
+        if file.relative_to(folder).parts[0] not in OF_OTHER_SCRIPTS:
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             comment = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
             yield f"configs/{file.relative_to(folder)}", comment

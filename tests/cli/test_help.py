@@ -58,9 +58,12 @@ def test_the_page_lists_classes_and_configurations(
     (root / "configs" / "mine").mkdir(parents=True)
     (root / "configs" / "mine" / "run.yaml").write_text("# My run.\nname: mine\n")
     (root / "configs" / "empty.yaml").write_text("")
+    (root / "configs" / "tasks").mkdir()
+    (root / "configs" / "tasks" / "one.yaml").write_text("# Of evaluate.py.\n")
     rows = {line.split()[0]: line.split()[1:] for line in overview().splitlines() if line}
     assert rows["configs/mine/run.yaml"] == ["My", "run."]
     assert rows["configs/empty.yaml"] == []
+    assert "configs/tasks/one.yaml" not in rows
     assert rows["callbacks.CheckpointRotation"][:3] == ["Saves", "checkpoints", "to"]
     whole = printed(capsys, "--help")
     assert "--trainer.max_steps" in whole

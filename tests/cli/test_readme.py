@@ -115,10 +115,9 @@ def test_every_notebook_runs(notebook: Path, home: Path, monkeypatch) -> None:
         for output in cell.get("outputs", ())
         if output.output_type == "execute_result"
     ]
-    # Watching changed nothing; the guard saved the run, and without it the run was lost.
-    assert "True" in results
-    assert results[-1] == "{'plain': True, 'guarded': True, 'unguarded': False}"
-    assert (
-        sum("image/png" in o.get("data", {}) for c in document.cells for o in c.get("outputs", ()))
-        == 2
-    )
+    shown = [o.get("data", {}) for c in document.cells for o in c.get("outputs", ())]
+    assert any("image/png" in data for data in shown)
+    if notebook.stem == "swap_callbacks":
+        # Watching changed nothing; the guard saved the run, and without it the run was lost.
+        assert "True" in results
+        assert results[-1] == "{'plain': True, 'guarded': True, 'unguarded': False}"

@@ -12,7 +12,7 @@ from smol.paths import project_root
 
 CONFIGS = project_root() / "configs"
 OVERLAYS = ("callbacks", "debug", "hardware", "logging", "losses", "model")
-NOT_TRAINING = ("data", "merges", "tasks")  # of other scripts; their tests parse them
+NOT_TRAINING = ("ablations", "data", "merges", "tasks")  # of other scripts; their tests parse them
 
 
 def training_files() -> list[Path]:
