@@ -4,10 +4,15 @@ import textwrap
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.eval_loss import EvalLoss
 from callbacks.sample_text import SampleText
+from smol.data.card import write_json
+from smol.errors import one_line
 from smol.experiments.plots import plot_training
+from smol.experiments.records import ENVIRONMENT, METRICS, environment
+from smol.experiments.report import write_run_report
 
 BITS = "held_out/bits_per_byte/"
 REWARDS = ("held_out/rewards/accuracies", "held_out/rewards/margins")
@@ -18,6 +23,11 @@ class RunReport(Callback):
 
     Of a preference run it prints how often held-out rewards are in the right order, and by which
     margin. With :class:`~callbacks.eval_loss.EvalLoss` it also says what the run has gained.
+
+    ``report.md`` and ``report.html`` in the run folder hold that and more: curves, events,
+    settings, checkpoints, and the ``environment.json`` written at the start. They need metrics of
+    :class:`~smol.experiments.CSVLogger`. If they cannot be made there is a warning, and the run
+    ends as it does without them.
 
     .. code-block:: yaml
 
@@ -35,6 +45,12 @@ class RunReport(Callback):
     def __init__(self, next_command: str | None = None):
         self.next_command = next_command
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / ENVIRONMENT, environment())
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
@@ -49,15 +65,23 @@ class RunReport(Callback):
             if isinstance(callback, SampleText) and callback.text:
                 print("the model writes")
                 print(textwrap.indent(textwrap.fill(callback.text, 76), "  "))
-        metrics = folder / "metrics.csv"
-        if metrics.exists():
-            plot_training(metrics, folder / "training.png", folder.name)
-            print(f"plot        {folder / 'training.png'}")
+        if (folder / METRICS).exists():
+            _draw(folder)
         if picture := evaluation.picture(trainer):
             print(f"plot        {picture}")
         print(f"run folder  {folder}")
         if self.next_command:
             print(f"next        {self.next_command}")
+
+
+def _draw(folder: Path) -> None:
+    """Make plot and report; whatever goes wrong, the run has ended well."""
+    try:
+        plot_training(folder / METRICS, folder / "training.png", folder.name)
+        print(f"plot        {folder / 'training.png'}")
+        print(f"report      {write_run_report(folder)}")
+    except Exception as error:
+        rank_zero_warn(f"the report of {folder} could not be written: {one_line(error)}")
 
 
 def _below(prefix: str | tuple[str, ...], metrics: dict) -> dict[str, float]:

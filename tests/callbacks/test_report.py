@@ -40,6 +40,22 @@ def test_a_whole_run_on_the_screen(sources, tmp_path, capsys):
     assert "next        python src/train.py fit --config configs/stage2.yaml" in out
     assert (folder / "samples.txt").read_text().startswith("--- step 12\nthe cat")
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert f"report      {folder / 'report.html'}\n" in out
+    assert "## What the run gained" in (folder / "report.md").read_text()
+    assert "torch" in (folder / "environment.json").read_text()
+
+
+def test_a_report_that_cannot_be_made_costs_nothing(sources, tmp_path, capsys, monkeypatch):
+    def fails(folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("callbacks.run_report.write_run_report", fails)
+    folder = tmp_path / "run"
+    logger = CSVLogger(str(folder))
+    trainer = make_trainer(folder, 2, callbacks=[RunReport("next line")], logger=logger)
+    with pytest.warns(UserWarning, match="could not be written: .*No space left on device"):
+        trainer.fit(make_module(), make_data(sources))
+    assert "next        next line" in capsys.readouterr().out
 
 
 def test_a_sample_changes_nothing_and_is_repeatable(sources, tmp_path):

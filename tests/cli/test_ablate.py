@@ -228,7 +228,7 @@ def test_the_notebook_runs_a_study(tmp_path: Path, monkeypatch) -> None:
     outputs = [output for cell in document.cells for output in cell.get("outputs", ())]
     shown = [o["data"] for o in outputs if o.output_type == "execute_result"]
     assert shown[-1]["text/plain"] == "{'slow': ('keep baseline', 'worse')}"
-    assert "learning_rate': (0.005, 0.0001)" in shown[0]["text/plain"]
+    assert "learning_rate': (0.003, 6e-05)" in shown[0]["text/plain"]
     assert sum("image/png" in data for data in shown) == 1
     printed = "".join(o["text"] for o in outputs if o.output_type == "stream")
     assert "changes 2 things" in printed

@@ -98,8 +98,10 @@ def test_every_command_runs(home: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
-)
+    "notebook",
+    [p for p in sorted((ROOT / "notebooks").glob("*.ipynb")) if p.stem != "ablation"],
+    ids=lambda p: p.stem,
+)  # that of ablations runs in test_ablate.py
 def test_every_notebook_runs(notebook: Path, home: Path, monkeypatch) -> None:
     import nbformat
     from nbclient import NotebookClient
@@ -117,6 +119,8 @@ def test_every_notebook_runs(notebook: Path, home: Path, monkeypatch) -> None:
     ]
     shown = [o.get("data", {}) for c in document.cells for o in c.get("outputs", ())]
     assert any("image/png" in data for data in shown)
+    if notebook.stem == "inspect_run":
+        assert "True" in results  # a sentence is likelier than its words shuffled
     if notebook.stem == "swap_callbacks":
         # Watching changed nothing; the guard saved the run, and without it the run was lost.
         assert "True" in results

@@ -1,9 +1,6 @@
 """Pictures: what is drawn is what was measured."""
 
-import pytest
-from matplotlib import pyplot as plt
-
-from smol.experiments.plots import plot_loss_by_position
+from smol.experiments.plots import loss_by_position, plot_loss_by_position
 
 
 def measurement(step, losses, tokens):
@@ -23,27 +20,17 @@ def measurement(step, losses, tokens):
     return {"step": step, "context": edges[-1], "edges": edges, "sources": sources}
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """Figures that were drawn, kept open."""
-    kept = []
-    monkeypatch.setattr(plt, "close", kept.append)
-    yield kept
-    monkeypatch.undo()
-    plt.close("all")
-
-
 def points(line):
     return [None if y != y else y for y in line.get_ydata()]
 
 
-def test_loss_over_position_before_and_after(tmp_path, figures):
+def test_loss_over_position_before_and_after(tmp_path):
     before = measurement(0, [5.0, 4.9, None], [400, 12, 0])
     after = measurement(1200, [3.0, 2.9, 2.8, 2.7], [400, 12, 100, 99])
     picture = tmp_path / "picture.png"
     plot_loss_by_position(before, after, picture, "myrun")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    (figure,) = figures
+    figure = loss_by_position(before, after)
     losses, counts = figure.axes
     drawn = {
         (line.get_linestyle(), line.get_alpha(), line.get_color()): points(line)
@@ -65,18 +52,16 @@ def test_loss_over_position_before_and_after(tmp_path, figures):
     assert labels[:4] == ["step 0", "step 1,200", "code: 2.000 → 2.000", "prose: 3.000 → 3.000"]
 
 
-def test_without_a_before_there_is_one_line_a_source(tmp_path, figures):
-    plot_loss_by_position(None, measurement(7, [3.0], [500]), tmp_path / "one.png", "myrun")
-    (figure,) = figures
+def test_without_a_before_there_is_one_line_a_source():
+    figure = loss_by_position(None, measurement(7, [3.0], [500]))
     assert {line.get_linestyle() for line in figure.axes[0].lines} == {"-", "None"}
 
 
-def test_more_sources_than_can_be_told_apart(tmp_path, figures):
+def test_more_sources_than_can_be_told_apart():
     after = measurement(7, [3.0], [500])
     (source, _) = after["sources"].values()
     after["sources"] = {f"source{i:02d}": source for i in range(41)}
-    plot_loss_by_position(None, after, tmp_path / "many.png", "myrun")
-    (figure,) = figures
+    figure = loss_by_position(None, after)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert "source09: 2.000" in labels
     assert labels[-1] == "and 31 more, in figures"

@@ -1,26 +1,32 @@
-"""Pictures of a run."""
+"""Pictures of a run, as files."""
 
 import csv
 import math
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FEW_TOKENS = 100  # the mean of fewer is drawn faint
 MOST_SOURCES = 10  # more lines than that cannot be told apart
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Columns of a ``metrics.csv``: name to (steps, values), without the empty cells."""
+    """Columns of a ``metrics.csv``: name to (steps, values), without the empty cells.
+
+    The file may be one that a run still writes to: what follows the last end of a line is left out.
+    """
     series: dict[str, tuple[list[int], list[float]]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if name != "step" and value:
-                    steps, values = series.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(value))
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    for row in csv.DictReader(whole.splitlines()):
+        for name, value in row.items():
+            if name != "step" and value:
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(value))
     return series
 
 
@@ -32,13 +38,11 @@ def plot_training(metrics: Path, picture: Path, title: str) -> None:
         picture: Where the PNG goes.
         title: Name of the run.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     series = read_metrics(metrics)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     figure.suptitle(title)
     if "train/loss" in series:
         left.plot(*series["train/loss"], color="tab:blue", linewidth=1.2)
@@ -59,12 +63,25 @@ def plot_training(metrics: Path, picture: Path, title: str) -> None:
     if right.lines:
         right.legend(title="source: last value")
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 def plot_loss_by_position(
     before: dict[str, Any] | None, after: dict[str, Any], picture: Path, title: str
 ) -> None:
+    """Write :func:`loss_by_position` into a file.
+
+    Args:
+        before: As there.
+        after: As there.
+        picture: Where the PNG goes.
+        title: Name of the run.
+    """
+    figure = loss_by_position(before, after)
+    figure.suptitle(title)
+    figure.savefig(picture, dpi=120)
+
+
+def loss_by_position(before: dict[str, Any] | None, after: dict[str, Any]) -> "Figure":
     """Draw each source's loss over the position in the document, and how many tokens that is of.
 
     The bins are powers of two and drawn equally wide, so the axis is a logarithmic one. What rests
@@ -73,21 +90,14 @@ def plot_loss_by_position(
     Args:
         before: An earlier measurement, drawn dashed; ``None`` if there is none.
         after: ``step`` and what :class:`~smol.evaluation.loss_by_position.LossByPosition` computes.
-        picture: Where the PNG goes.
-        title: Name of the run.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     measured = {"-": after} if before is None else {"--": before, "-": after}
     names = sorted(after["sources"])[:MOST_SOURCES]
     colors = {name: f"C{i}" for i, name in enumerate(names)}
-    figure, (losses, counts) = plt.subplots(
-        2, 1, sharex=True, figsize=(8.5, 6.4), height_ratios=(3, 1), constrained_layout=True
-    )
-    figure.suptitle(title)
+    figure = Figure(figsize=(8.5, 6.4), layout="constrained")
+    losses, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for style, measurement in measured.items():
         losses.plot([], [], style, color="0.3", label=f"step {measurement['step']:,}")
         for name in colors.keys() & measurement["sources"].keys():
@@ -112,8 +122,7 @@ def plot_loss_by_position(
     for axes in (losses, counts):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def _draw_losses(axes: Any, by_position: dict[str, list], style: str, color: Any) -> None:
