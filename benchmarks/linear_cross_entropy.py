@@ -1,6 +1,7 @@
 """Time and peak memory of the loss: ours, the naive one, and torch's chunked one where it exists.
 
 python benchmarks/linear_cross_entropy.py [--repeats 5] [--shape VOCAB HIDDEN TOKENS ...]
+    [--no-record]
 
 Each way runs in a process of its own, so that its peak memory is its own: the growth of the
 resident set from just before the loss (inputs in place, libraries warm) to its highest point, over
@@ -18,6 +19,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from results import record, table
 
 SHAPES = [(4096, 256, 4096), (49_152, 576, 2048), (128_256, 576, 2048)]
 WAYS = ["naive", "torch", "ours"]
@@ -80,33 +82,51 @@ def measure(way: str, shape: tuple[int, int, int], autocast: bool, repeats: int)
 
 
 def main() -> None:
-    """Print the table, one row per shape, precision and way."""
+    """Measure, print and record a row per shape, precision and way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar="N")
+    parser.add_argument("--no-record", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(**json.loads(args.only), repeats=args.repeats)))
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| vocab | hidden | tokens | precision | way | forward ms | backward ms | peak MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    if args.repeats < 1:
+        parser.error(f"--repeats is {args.repeats}, expected at least 1")
+    rows = []
     for shape in args.shape or SHAPES:
         for autocast in (False, True):
-            for way in WAYS:
-                job = json.dumps({"way": way, "shape": shape, "autocast": autocast})
-                command = [sys.executable, __file__, "--only", job, "--repeats", str(args.repeats)]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                seen = json.loads(output.splitlines()[-1])
-                precision = "bf16 autocast" if autocast else "float32"
-                numbers = (
-                    f"{seen['forward'] * 1e3:.0f} | {seen['backward'] * 1e3:.0f} | "
-                    f"{seen['peak']:.0f}"
-                    if seen
-                    else "absent | |"
-                )
-                print(f"| {' | '.join(map(str, shape))} | {precision} | {way} | {numbers} |")
+            seen = {way: _in_a_process(way, shape, autocast, args.repeats) for way in WAYS}
+            new = [_row(shape, autocast, way, seen) for way in WAYS if seen[way]]
+            print(table(new), flush=True)
+            rows += new
+    if not args.no_record:
+        print(f"wrote {record('linear_cross_entropy', rows)}")
+
+
+def _in_a_process(way: str, shape: list[int], autocast: bool, repeats: int) -> dict:
+    job = json.dumps({"way": way, "shape": shape, "autocast": autocast})
+    command = [sys.executable, __file__, "--only", job, "--repeats", str(repeats)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def _row(shape: list[int], autocast: bool, way: str, seen: dict[str, dict]) -> dict:
+    """A row of the table; what naive takes is 1."""
+    mine, naive = seen[way], seen["naive"]
+    return {
+        **dict(zip(("vocab", "hidden", "tokens"), shape, strict=True)),
+        "precision": "bf16 autocast" if autocast else "float32",
+        "way": way,
+        "forward ms": mine["forward"] * 1e3,
+        "backward ms": mine["backward"] * 1e3,
+        "peak MiB": mine["peak"],
+        "time relative to naive": (mine["forward"] + mine["backward"])
+        / (naive["forward"] + naive["backward"]),
+        "memory relative to naive": mine["peak"] / max(naive["peak"], 1e-9),
+        "threads": torch.get_num_threads(),
+    }
 
 
 if __name__ == "__main__":
