@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from smol.restarts import HEARTBEAT, SUPERVISED, TERMINATED, launcher
 
@@ -57,7 +58,9 @@ class Heartbeat(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if trainer.is_global_zero and getattr(exception, "code", None) == TERMINATED:
+        terminated = isinstance(exception, SIGTERMException)
+        terminated |= getattr(exception, "code", None) == TERMINATED
+        if trainer.is_global_zero and terminated:
             path = Path(trainer.default_root_dir, HEARTBEAT)
             path.write_text(json.dumps({"terminated": True}), encoding="utf-8")
 

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from smol.checkpoints.replicas import RemoteRuns
 from smol.checkpoints.store import FsspecStore
@@ -277,8 +277,15 @@ class SmolCLI(LightningCLI):
                 super()._run_subcommand(subcommand)
             leave_groups_at_exit()
         except SystemExit as stop:
-            if stop.code == TERMINATED:
+            unsaved = isinstance(
+                stop, SIGTERMException
+            )  # which has no status: Lightning ends with 0
+            if unsaved or stop.code == TERMINATED:
                 leave_groups_at_exit()
+            if unsaved:
+                if rank() == 0:
+                    print(f"SIGTERM: {self._interrupted()}", file=sys.stderr)
+                raise SystemExit(TERMINATED) from None
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
             if rank() == 0:
@@ -286,7 +293,7 @@ class SmolCLI(LightningCLI):
             raise SystemExit(130) from None
 
     def _interrupted(self) -> str:
-        """What to say after Ctrl-C."""
+        """What to say after Ctrl-C, or a SIGTERM for which nothing was saved."""
         if self.line.command != "fit":
             return "stopped"
         said = f"stopped at step {self.trainer.global_step:,}"

@@ -1,5 +1,7 @@
 """Small parts that the command line tests build by class path."""
 
+import os
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +69,8 @@ class Model(pl.LightningModule):
             raise UserError("the step failed; type --model.fail null")
         if self.fail == "interrupt":
             raise KeyboardInterrupt
+        if self.fail == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
         return (self.weight - 1).pow(2).mean()
 
     def validation_step(self, batch: torch.Tensor, index: int) -> None:

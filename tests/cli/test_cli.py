@@ -1,6 +1,7 @@
 """The command line as a user types it: what is built, what is written, what is refused."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +230,15 @@ class TestRun:
         assert stop.value.code == 130
         newest = saved[-1].location if saved else None
         assert capsys.readouterr().err == expected.format(newest=newest) + "\n"
+
+    def test_sigterm_that_nothing_answers_is_no_success(
+        self, root: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", "run.yaml", "--model.fail", "terminate"])
+        assert stop.value.code == 143
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.fullmatch("SIGTERM: stopped at step \\d, before the first checkpoint", said)
 
 
 class TestProcess:
