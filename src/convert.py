@@ -6,6 +6,7 @@ python src/convert.py export RUN|CHECKPOINT|FOLDER OUT [--tokenizer FOLDER] [--d
 
 import argparse
 import sys
+from pathlib import Path
 
 from smol.errors import UserError
 from smol.paths import find, resolve
@@ -43,11 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from smol.checkpoints.huggingface import load_gguf, load_huggingface
+    from smol.checkpoints.huggingface import copy_tokenizer, load_gguf, load_huggingface
     from smol.model.io import save_decoder
 
     load = load_gguf if args.source.endswith(".gguf") else load_huggingface
     save_decoder(args.out, *load(args.source))
+    if not copy_tokenizer(args.source, Path(args.out, "tokenizer")):
+        print(f"note: {args.source} has no tokenizer.json, so {args.out} has no tokenizer")
 
 
 def _export(args: argparse.Namespace) -> None:

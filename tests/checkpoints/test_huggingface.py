@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from smol.checkpoints.huggingface import (
+    copy_tokenizer,
     export_huggingface,
     from_huggingface_config,
     load_gguf,
     load_huggingface,
     to_huggingface_config,
 )
+from smol.data.tokenizer import load_tokenizer
 from smol.errors import UserError
 from smol.model import Decoder, DecoderConfig, RopeConfig, init_weights, load_decoder, save_decoder
 from smol.model.io import assemble_decoder
@@ -137,6 +139,9 @@ def test_version_4_spelling_of_rope():
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"vocab_size": None}, "vocab_size: None; expected a positive whole number"),
+        ({"hidden_size": "16"}, "hidden_size: 16; expected"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: 0; expected"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "'llama3'"),
         ({"rope_parameters": {"rope_type": "yarn", "mscale": 1.0}}, "mscale"),
     ],
@@ -280,7 +285,11 @@ def test_convert_there_and_back(tmp_path):
         command, source, out = arguments
         done = convert(command, tmp_path / source, tmp_path / out)
         assert done.returncode == 0, done.stderr
+    assert "has no tokenizer" in done.stdout
     assert torch.equal(load_decoder(tmp_path / "back")(TOKENS), decoder(TOKENS))
+    (tmp_path / "hub/tokenizer.json").write_text("its tokenizer")
+    assert convert("import", tmp_path / "hub", tmp_path / "back").stdout.startswith("wrote")
+    assert (tmp_path / "back/tokenizer/tokenizer.json").read_text() == "its tokenizer"
     again = convert("export", tmp_path / "own", tmp_path / "hub")
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
@@ -315,3 +324,5 @@ def test_real_smollm2(tmp_path):
         print(f"max difference of logits {difference:.2e}")
         assert difference < 1e-4
     assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Rome"
+    assert copy_tokenizer(file, tmp_path / "tokenizer")
+    assert load_tokenizer(tmp_path / "tokenizer").encode(text) == tokens[0].tolist()

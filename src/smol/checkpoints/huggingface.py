@@ -22,6 +22,9 @@ INDEX = f"{WEIGHTS}.index.json"
 FILE_BYTES = 5_000_000_000
 Imported = tuple[DecoderConfig, RopeConfig, dict[str, Tensor]]
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "chat_template.jinja", "chat_template.json")
+
 
 def load_huggingface(path: str | Path) -> Imported:
     """Read a Hugging Face model folder of a supported kind.
@@ -64,6 +67,32 @@ def load_gguf(file: str | Path) -> Imported:
     )
     decoder, rope = from_huggingface_config(model.config.to_dict())
     return decoder, rope, _own_weights(model.state_dict(), decoder)
+
+
+def copy_tokenizer(source: str | Path, folder: str | Path) -> bool:
+    """Copy the tokenizer of a Hugging Face folder as it is, or write that of a GGUF file.
+
+    Args:
+        source: The folder, or the GGUF file.
+        folder: Created where missing.
+
+    Returns:
+        Whether there was one.
+    """
+    source, folder = Path(source), Path(folder)
+    if source.is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer.save_pretrained(folder)
+        return True
+    if not (source / "tokenizer.json").is_file():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return True
 
 
 def read_config(folder: Path) -> dict[str, Any]:

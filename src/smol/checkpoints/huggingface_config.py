@@ -10,6 +10,8 @@ MODEL_TYPES = ("llama", "smollm3", "qwen2", "qwen3", "mistral")
 DEFAULT_THETA = 10_000.0
 """Of these model types in transformers, where a config.json is silent; SmolLM3 has its own."""
 SMOLLM3_THETA = 2_000_000.0
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("intermediate_size",)  # what no model can do without
 
 
 def from_huggingface_config(config: Mapping[str, Any]) -> tuple[DecoderConfig, RopeConfig]:
@@ -29,6 +31,9 @@ def from_huggingface_config(config: Mapping[str, Any]) -> tuple[DecoderConfig, R
     if config.get("mlp_bias"):
         raise UserError("mlp_bias is not supported; the feed-forward network has no biases here.")
     _refuse_sliding_window(config, kind)
+    for key in SIZES:
+        if isinstance(size := config.get(key), bool) or not isinstance(size, int) or size < 1:
+            raise UserError(f"config.json says {key}: {size}; expected a positive whole number.")
     biases = "all" if config.get("attention_bias") else "none"
     decoder = DecoderConfig(
         vocab_size=config["vocab_size"],
