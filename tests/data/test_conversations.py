@@ -333,6 +333,16 @@ def make(folder, sources, **kwargs):
     return data
 
 
+def test_a_held_out_side_that_is_empty_is_told(tmp_path, sources):
+    long = write(
+        tmp_path / "long.jsonl", [{"messages": [{**USER, "content": "cat " * 400}, ANSWER]}]
+    )
+    make(tmp_path, sources)  # writes the other side
+    config = SubsetConfig(str(tmp_path / "plain.jsonl"), mode="no_think", held_out=long)
+    with pytest.warns(UserWarning, match="nothing of 'own' is held out.*longer than a row of 256"):
+        make(tmp_path, sources, subsets={"own": config})
+
+
 def test_the_balance_adds_up_to_what_is_read(tmp_path, sources):
     data = make(tmp_path, sources)
     header, *lines = data.balance()

@@ -11,7 +11,7 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from smol.data.chat import (
     FILE,
@@ -107,6 +107,12 @@ class ChatData(PackedData):
             own = choose(len(items), self.subsets[name].weight, self.seed, crc32(name.encode()))
             chosen.append(first + own)
             first += len(items)
+        for name, items in zip(names, held_out, strict=True):
+            if (wanted := self.subsets[name].held_out) and not len(items):
+                rank_zero_warn(
+                    f"nothing of '{name}' is held out, though held_out is {wanted}: there are no "
+                    f"such records, or all are longer than a row of {self.context_length:,} tokens"
+                )
         self.use(names, sets, np.concatenate(chosen), held_out)
         if stage in (None, "fit"):
             for line in self.balance():
