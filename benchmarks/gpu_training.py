@@ -7,7 +7,7 @@ A step is forward, chunked loss, backward, clipping and fused AdamW; weights in 
 bfloat16 under autocast; rows are packed documents that do not see each other. Each case has a
 process of its own, tries activation checkpointing from none to full, doubles its micro-batch until
 memory is full, and ends in a row: the best it has found. What has not begun when the minutes are
-over is left out and named. MFU counts attention by document against the device's dense bfloat16 peak.
+over is left out and named. MFU counts attention by document, of the peak in dense bfloat16.
 
 Not yet run on a GPU. On a processor ``--model smallest --peak 1e11`` shows that everything runs.
 """
