@@ -5,7 +5,7 @@ python benchmarks/start.py [--repeats 5] [--no-record] [FLAGS OF TRAIN for the r
 Each is a process of its own, from its start to its end, and the figure the median; the ratio is
 that of medians. Beside it stands the floor, a process that does what the command cannot do without:
 for help Python's own start, for a run the imports of torch and lightning. The run is stage 1, whose
-data has to be there (``make data``), without validation, samples, report and checkpoint; other
+data the first run makes, without validation, samples, report and checkpoint; other
 flags choose another one.
 """
 
