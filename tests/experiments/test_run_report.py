@@ -71,8 +71,10 @@ def test_a_report_says_what_the_files_say(here):
 
 
 def test_what_is_missing_or_damaged_is_left_out(here):
-    write_run(here / "runs/one", events__jsonl="[1]\nnothing", sources__json="{", samples__txt="")
+    damaged = {"events__jsonl": "[1]\nnothing", "sources__json": "{", "samples__txt": ""}
+    write_run(here / "runs/one", **damaged, evaluation__json='{"results": [{}]}')
     text = write_run_report("one").with_suffix(".md").read_text()
+    assert re.search("## Evaluations\n\nLeft out: .*evaluation.json is damaged", text)
     assert "## What the run gained" in text
     for part in ("Events", "Data", "Checkpoints", "What the model writes", "Environment"):
         assert f"## {part}" not in text

@@ -63,7 +63,7 @@ def write_run_report(run: str | Path, out: Path | None = None) -> Path:
             Picture(
                 "loss",
                 lambda: _loss(record),
-                "Training loss over steps: as logged (faint) and smoothed.",
+                "Training loss over steps; many points are smoothed, and faint as logged.",
             )
         )
     blocks += _pictures(runs, STEPS)
@@ -103,7 +103,7 @@ def write_comparison(runs: Sequence[str | Path], out: Path | None = None) -> Pat
         x_label, metrics = TOKENS, {name: over_tokens(run) for name, run in metrics.items()}
     blocks: list[Block] = ["## At the end", _side_by_side(records), *_differences(records)]
     if any(LOSS in run for run in metrics.values()):
-        caption = "Training loss, as logged (faint) and smoothed."
+        caption = "Training loss; many points are smoothed, and faint as logged."
         blocks.append(Picture("loss", lambda: training_loss(metrics, x_label=x_label), caption))
     blocks += [*_pictures(metrics, x_label), *_evaluations(list(records.values()))]
     folder = out or Path(resolve("runs/compare"), "+".join(r.name for r in records.values())[:100])
@@ -263,8 +263,14 @@ def _value(value: Any) -> str:
 
 
 def _evaluations(records: Sequence[RunRecord]) -> list[Block]:
-    rows = [row for record in records for row in Results(record.folder).rows()]
-    return ["## Evaluations", table(rows, everything=False)] if rows else []
+    rows, unread = [], []
+    for record in records:
+        try:
+            rows += Results(record.folder).rows()
+        except UserError as error:  # a run is worth a report all the same
+            unread.append(f"Left out: {error}")
+    tables = [table(rows, everything=False)] if rows else []
+    return ["## Evaluations", *tables, *unread] if tables or unread else []
 
 
 def _sample(record: RunRecord) -> list[Block]:
