@@ -111,9 +111,14 @@ class Chains:
         found = self.by_seed(phase, metric).values()
         return format(fmean(found), spec) if found else ""
 
-    def gain(self, before: str, after: str, metric: str) -> list[str]:
+    def accuracy(self, phase: str, modes: Sequence[str]) -> dict[int, float]:
+        """Mean accuracy on trained kinds over the modes, by seed; all modes have the same tasks."""
+        found = [self.by_seed(phase, f"chat/{mode}/accuracy") for mode in modes]
+        return {s: fmean(f[s] for f in found) for s in self.seeds if all(s in f for f in found)}
+
+    def gain(self, before: str, after: str, modes: Sequence[str]) -> list[str]:
         """Mean gain over the seeds in points, its interval, and what it says."""
-        d = paired(self.by_seed(before, metric), self.by_seed(after, metric), 1)
+        d = paired(self.accuracy(before, modes), self.accuracy(after, modes), 1)
         if d is None or d.low is None:
             return ["", "", ""]
         said = "gains" if d.low > 0 else "loses" if d.high < 0 else "no difference seen"
@@ -183,9 +188,9 @@ def page(chains: Chains) -> Iterable[str | Table]:
     yield "## What each phase gains"
     pairs = [("mid_training", "sft"), ("sft", "preference"), ("preference", "recovered")]
     rows = [
-        [f"{a} → {b}", mode, *chains.gain(a, b, f"chat/{mode}/accuracy")]
+        [f"{a} → {b}", label, *chains.gain(a, b, modes)]
         for a, b in pairs
-        for mode in MODES
+        for label, modes in {"both": MODES, **{mode: (mode,) for mode in MODES}}.items()
     ]
     yield Table(
         ["", "mode", "points", "95 % interval", ""],
