@@ -7,6 +7,7 @@ from tiny import make_data, make_module, make_trainer
 
 from callbacks.eval_loss import EvalLoss
 from smol.parallel import FSDP2Strategy
+from smol.parallel.processes import leave_groups_at_exit
 
 
 def run(sources, folder, micro, **kwargs):
@@ -18,3 +19,4 @@ def run(sources, folder, micro, **kwargs):
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]), Path(sys.argv[2]), micro=64, devices=2, strategy=FSDP2Strategy())
+    leave_groups_at_exit()

@@ -11,6 +11,7 @@ from tiny import make_data, make_module, make_stages, make_trainer
 from callbacks import Fault, FaultInjection, WritePredictions
 from smol.experiments import CSVLogger
 from smol.parallel import FSDP2Strategy
+from smol.parallel.processes import leave_groups_at_exit
 
 # In the second rank alone, and in what it alone has.
 FAULTS = [
@@ -57,3 +58,5 @@ if __name__ == "__main__":
         rank = os.environ["RANK"]
         seen = [trainer.global_step, trainer.datamodule.loader.position]
         (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+        del trainer
+    leave_groups_at_exit()

@@ -12,6 +12,7 @@ from tiny import make_data, make_module, make_trainer
 
 from callbacks import Events
 from smol.parallel import FSDP2Strategy
+from smol.parallel.processes import leave_groups_at_exit
 
 FAULTS = [
     Fault("nan_gradient", 1, rank=1),
@@ -73,3 +74,4 @@ def main(sources, folder, strategy):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    leave_groups_at_exit()

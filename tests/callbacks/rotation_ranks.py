@@ -10,6 +10,7 @@ from tiny import make_data, make_module, make_trainer
 
 from callbacks.checkpoint_rotation import CheckpointRotation
 from callbacks.events import Events
+from smol.parallel.processes import leave_groups_at_exit
 
 
 class Signals(Callback):
@@ -33,3 +34,4 @@ def main(sources, folder):
 
 if __name__ == "__main__":
     main(*map(Path, sys.argv[1:]))
+    leave_groups_at_exit()

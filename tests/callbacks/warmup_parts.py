@@ -31,6 +31,7 @@ from smol.model import DecoderConfig
 from smol.modules import LanguageModeling
 from smol.optim import WSD, OptimizerConfig
 from smol.parallel import FSDP2Strategy
+from smol.parallel.processes import leave_groups_at_exit
 
 STAGES = {
     "one": {"start_step": 0, "cats": 0.7, "dogs": 0.3},
@@ -285,3 +286,4 @@ def run(sources, folder, strategy="auto", devices=1, check=None, fault=None):
 if __name__ == "__main__":
     for job in json.loads(sys.argv[3]):
         run(Path(sys.argv[1]), Path(sys.argv[2], job.pop("folder")), **job)
+    leave_groups_at_exit()

@@ -9,9 +9,10 @@ from drills import train
 from torch.distributed.tensor import DTensor
 
 from smol.parallel import FSDP2Strategy
+from smol.parallel.processes import leave_groups_at_exit
 
-if __name__ == "__main__":
-    options = json.loads(sys.argv[1])
+
+def main(options):
     sources, folder = Path(options["sources"]), Path(options["folder"])
     strategy = "ddp"
     if options["strategy"] == "fsdp2":
@@ -29,3 +30,8 @@ if __name__ == "__main__":
     torch.save(
         {"weights": shards, "skipped": skipped, "losses": losses}, f"{folder}/{run.global_rank}.pt"
     )
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
+    leave_groups_at_exit()

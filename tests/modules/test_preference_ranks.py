@@ -17,6 +17,7 @@ from preference_parts import (
 )
 
 from smol.optim import WSD
+from smol.parallel.processes import leave_groups_at_exit
 
 
 def launch(folder: Path, strategy: str) -> list[list[dict]]:
@@ -66,3 +67,4 @@ def test_two_ranks_equal_one(tmp_path, strategy):
 
 if __name__ == "__main__":
     train_ranks(Path(sys.argv[1]), sys.argv[2])
+    leave_groups_at_exit()

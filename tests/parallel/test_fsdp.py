@@ -23,6 +23,7 @@ from smol.model.config import DecoderConfig
 from smol.model.decoder import Decoder
 from smol.optim import OptimizerConfig, ParameterGroup, build_optimizer
 from smol.parallel import FSDP2Strategy, shard_decoder
+from smol.parallel.processes import leave_groups_at_exit
 
 pytestmark = pytest.mark.slow
 
@@ -316,3 +317,4 @@ def test_a_damaged_file_is_named_on_every_rank(runs):
 
 if __name__ == "__main__":
     two_processes(Path(sys.argv[1]))
+    leave_groups_at_exit()

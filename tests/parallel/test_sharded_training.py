@@ -25,6 +25,7 @@ from smol.checkpoints.structure import flatten
 from smol.errors import UserError
 from smol.parallel import FSDP2Strategy
 from smol.parallel.fsdp import local_part
+from smol.parallel.processes import leave_groups_at_exit
 
 LAYOUTS = {"tensor_parallel": {"tensor_parallel_size": 2}, "replicas": {"shard_size": 1}}
 
@@ -157,3 +158,4 @@ def test_one_process_goes_on_from_two(sources, trained, tmp_path):
 
 if __name__ == "__main__":
     two_processes(*map(Path, sys.argv[1:]))
+    leave_groups_at_exit()
