@@ -1,10 +1,15 @@
 """Chunks on disk and in a real object store, whole and damaged."""
 
+import asyncio
+import gc
+import logging
 import shutil
 import struct
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
+from fsspec.asyn import get_loop, sync
 
 from smol.data.card import read_card
 from smol.data.streams import ChunkCache, TokenStream
@@ -138,6 +143,29 @@ class TestObjectStore:
         assert name in str(error.value)
         assert "\n" not in str(error.value)
         assert not list((tmp_path / "cache").rglob("*.bin"))
+
+    def test_a_worker_leaves_the_session_of_its_parent_alone(self, source, s3, tmp_path, capfd):
+        """Closing it from another event loop would print tracebacks amidst the training."""
+        url = s3.upload(source, "fork")
+        cache = ChunkCache(tmp_path / "cache", 10**8, s3.storage_options)
+        stream = TokenStream(url, cache=cache)  # has read the card
+
+        async def collect():  # as may happen amidst any transfer
+            gc.collect()
+            await asyncio.sleep(0.2)
+
+        def read():
+            logging.getLogger().handlers = []  # what asyncio has to say goes to the terminal
+            stream.read(0, 0, 10)
+            sync(get_loop(), collect)
+            gc.collect()
+
+        worker = get_context("fork").Process(target=read)
+        worker.start()
+        worker.join()
+        assert worker.exitcode == 0
+        assert list((tmp_path / "cache").rglob("*.bin"))
+        assert capfd.readouterr().err == ""
 
     def test_interrupted_equals_uninterrupted(self, source, s3, tmp_path):
         """The loader over the store, with workers, against the loader over the disk."""

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from smol.data.remote import filesystem
 from smol.errors import UserError
 from smol.paths import is_url
 
@@ -142,10 +143,8 @@ def read_card(folder: str | Path, storage_options: dict[str, Any] | None = None)
 
 def _read_text(path: str, storage_options: dict[str, Any]) -> str | None:
     """Return the text of a file behind a path or URL; None if there is no such file."""
-    import fsspec
-
     try:
-        fs, name = fsspec.url_to_fs(path, **storage_options)
+        fs, name = filesystem(path, storage_options)
         return fs.cat_file(name).decode()
     except FileNotFoundError:
         return None

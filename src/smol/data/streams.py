@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from smol.data.card import Card, Chunk, check_chunk, read_card
+from smol.data.remote import filesystem
 from smol.errors import UserError
 from smol.paths import is_url, resolve
 
@@ -154,13 +155,11 @@ class ChunkCache:
         self._download(url, file, entry)
 
     def _download(self, url: str, file: Path, entry: Chunk) -> None:
-        import fsspec
-
         part = file.with_name(f"{file.name}.{os.getpid()}.part")
         for attempt in range(1, FETCH_ATTEMPTS + 1):
             try:
-                # A new instance: one made before a fork may hold a dead event loop.
-                fs, remote = fsspec.url_to_fs(url, skip_instance_cache=True, **self.storage_options)
+                # Another attempt begins a new session: the old one may be what is broken.
+                fs, remote = filesystem(url, self.storage_options, renew=attempt > 1)
                 fs.get_file(remote, str(part))
                 check_chunk(part, entry)
                 part.replace(file)
