@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from smol.generation import Generator, Sampling
 from smol.parallel import shard_decoder
+from smol.parallel.processes import leave_groups_at_exit
 
 # The ranks differ in the number of prompts and in their lengths, and so in their passes.
 PROMPTS = [[[5, 9, 2], [7], [3, 1, 4, 1, 5], [8, 8]], [[30, 20, 10, 40, 50, 2, 1]]]
@@ -29,8 +30,8 @@ def main(rendezvous: str, rank: int) -> None:
         found = generator.generate(prompts, sampling, batch_size=2)
         for prompt, completion in zip(prompts, found, strict=True):
             assert completion.tokens == brute_force(make_decoder(), prompt, LENGTHS[rank])
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
+    leave_groups_at_exit()

@@ -17,7 +17,7 @@ import pytest
 from launch_parts import ROOT, assert_equal, events, faults, final_weights, run, write_config
 
 SCRIPT = ROOT / "launch/slurm.sbatch"
-STEPS = 400  # more than a signal needs to arrive
+STEPS = 400
 COMMANDS = {
     "srun": """
 while [[ $1 == --* ]]; do shift; done
@@ -128,9 +128,10 @@ def test_a_job_that_loses_a_rank_and_meets_its_time_limit_goes_on_as_if_it_had_n
     assert cluster.noted("scontrol") == []
 
     config = write_config(tmp_path, "job", sources, STEPS)
-    flags += faults({"kind": "kill", "step": 45, "rank": 1})
+    kill = {"kind": "kill", "step": 45, "rank": 1}
+    wait = {"kind": "slow_step", "step": STEPS - 50, "seconds": 20, "rank": None}  # for the signal
     folder = tmp_path / "runs/job"
-    job = cluster.start(config, *flags)
+    job = cluster.start(config, *flags, *faults(kill, wait))
     wait_for(job, lambda: len(events(folder, "start")) == 2)
     job.send_signal(signal.SIGUSR1)
     status, out, err = end(job)
@@ -142,7 +143,7 @@ def test_a_job_that_loses_a_rank_and_meets_its_time_limit_goes_on_as_if_it_had_n
     assert 40 <= stopped < STEPS
     assert events(folder, "saved")[-1] == ("saved", stopped)
 
-    status, out, err = end(cluster.start(config, *flags, attempt=1))
+    status, out, err = end(cluster.start(config, *flags, *faults(kill), attempt=1))
     assert status == 0, err[-3000:]
     assert events(folder, "start") == [("start", 0), ("start", 40), ("start", stopped)]
     assert_equal(final_weights(folder), final_weights(tmp_path / "runs/whole"))

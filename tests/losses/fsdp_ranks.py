@@ -12,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from smol.losses import linear_cross_entropy
 from smol.model import Decoder, DecoderConfig, check_initialization, init_weights
+from smol.parallel.processes import leave_groups_at_exit
 
 VOCAB, BATCH, TIME = 101, 2, 24
 
@@ -100,8 +101,8 @@ def main(rendezvous: str, rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for tied in (True, False):
         compare(rank, mesh, tied)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
+    leave_groups_at_exit()

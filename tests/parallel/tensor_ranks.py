@@ -18,6 +18,7 @@ from smol.losses import linear_cross_entropy
 from smol.model import Decoder, DecoderConfig, check_initialization, init_weights
 from smol.optim import clip_gradients, gradient_norm
 from smol.parallel.fsdp import local_part, shard_decoder
+from smol.parallel.processes import leave_groups_at_exit
 from smol.parallel.tensor_parallel import parallelize_decoder
 
 VOCAB, SEED, CLIP = 102, 5, 0.1
@@ -142,8 +143,8 @@ def main(rendezvous, rank, size, output):
     if size == 2:
         seen["dropout"] = drop(dealt(dropout=0.5), rank)
     torch.save(seen, output)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    leave_groups_at_exit()
