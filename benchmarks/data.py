@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--s3", action="store_true", help="also from a SeaweedFS server")
     parser.add_argument("--litdata", action="store_true", help="also litdata's own reader")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=2**21, help="of each source")
+    parser.add_argument("--tokens", type=int, default=2**19, help="of each source")
     parser.add_argument("--no-record", action="store_true")
     args = parser.parse_args()
     os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"
