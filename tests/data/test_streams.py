@@ -10,6 +10,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 from fsspec.asyn import get_loop, sync
+from s3fs import S3FileSystem
 
 from smol.data.card import read_card
 from smol.data.streams import ChunkCache, TokenStream
@@ -147,6 +148,8 @@ class TestObjectStore:
     def test_a_worker_leaves_the_session_of_its_parent_alone(self, source, s3, tmp_path, capfd):
         """Closing it from another event loop would print tracebacks amidst the training."""
         url = s3.upload(source, "fork")
+        S3FileSystem.clear_instance_cache()  # sessions other tests left to nobody: they are
+        gc.collect()  # closed here, lest the worker do it
         cache = ChunkCache(tmp_path / "cache", 10**8, s3.storage_options)
         stream = TokenStream(url, cache=cache)  # has read the card
 
