@@ -5,8 +5,7 @@ python benchmarks/memory_plan.py [--only NAME] [--no_record] [FLAGS OF TRAIN]
 Every case is a process (or two) of its own that trains three steps by ``src/train.py``'s own code.
 Measured is the highest sum of bytes that PyTorch's allocator has given out: on a GPU by
 ``torch.cuda.max_memory_allocated``, on a processor by the profiler, which sees every allocation,
-kernels' own included. The prediction knows the run's configuration, and on a processor the mean
-length of the documents that it has read.
+kernels' own included. The prediction knows the run's configuration.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import tempfile
 from typing import Any
 
 import torch
-from lightning import Callback
 from results import record, table
 
 NANO = "--config configs/stage1.yaml --data.global_batch_tokens 2048 --data.micro_batch_tokens 2048"
@@ -56,19 +54,6 @@ GPU_CASES = {
 }
 
 
-class Documents(Callback):
-    """Counts the tokens and the documents of the batches."""
-
-    def __init__(self):
-        self.tokens = self.documents = 0
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        from smol.model.attention import document_lengths
-
-        self.tokens += batch.tokens.numel()
-        self.documents += len(document_lengths(batch.documents, tuple(batch.tokens.shape)))
-
-
 def measure(flags: list[str]) -> dict[str, Any] | None:
     """Train three steps in this process, and compare.
 
@@ -85,7 +70,6 @@ def measure(flags: list[str]) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as folder:
         run = train(["fit", *flags, "--runs_dir", folder], run=False)
         run.run_folder.mkdir(parents=True, exist_ok=True)
-        run.trainer.callbacks.append(documents := Documents())
         if torch.cuda.is_available() and run.trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             run.trainer.fit(run.model, run.datamodule)
@@ -94,7 +78,7 @@ def measure(flags: list[str]) -> dict[str, Any] | None:
             peak = profiled_peak(lambda: run.trainer.fit(run.model, run.datamodule))
     if not run.trainer.is_global_zero:
         return None
-    plan = predict(run, documents.tokens / documents.documents)
+    plan = predict(run)
     return {
         "parameters M": sum(p.numel() for p in run.model.parameters()) / 1e6,
         "tokens": run.datamodule.micro_batch_tokens,
@@ -123,7 +107,7 @@ def profiled_peak(function: Any) -> int:
     return peak
 
 
-def predict(run: Any, document_tokens: float) -> Any:
+def predict(run: Any) -> Any:
     """The plan of a run that was set up by the command line."""
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -143,7 +127,6 @@ def predict(run: Any, document_tokens: float) -> Any:
         precision=run.trainer.precision,
         checkpointing=run.model.activation_checkpointing,
         device=strategy.root_device.type,
-        document_tokens=document_tokens,
     )
     return training_memory(run.model.decoder_config, sharding, work)
 

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from smol.losses import cross_entropy, linear_cross_entropy
-from smol.model import Decoder, DecoderConfig, attention, init_weights, num_parameters
+from smol.model import Decoder, DecoderConfig, init_weights, num_parameters
 from smol.planning import memory
 from smol.planning.memory import Sharding, Work, training_memory
 
@@ -48,22 +48,21 @@ def peak_of_training(work: Work, length: int | None) -> int:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_plan_is_within_five_percent_of_a_step(precision, checkpointing):
-    work = Work(ROWS * TIME, 1, precision, checkpointing, "cpu", document_tokens=64)
+    work = Work(ROWS * TIME, 1, precision, checkpointing, "cpu")
     measured = peak_of_training(work, length=64)
     assert training_memory(CONFIG, Sharding(), work).total == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize(("length", "accumulation"), [(None, 1), (128, 2)])
 def test_rows_and_accumulation(length, accumulation):
-    work = Work(ROWS * TIME, accumulation, "bf16-mixed", "none", "cpu", length)
+    work = Work(ROWS * TIME, accumulation, "bf16-mixed", "none", "cpu")
     measured = peak_of_training(work, length)
     assert training_memory(CONFIG, Sharding(), work).total == pytest.approx(measured, rel=0.05)
 
 
-def test_constants_are_those_of_the_loss_and_the_attention():
+def test_constants_are_those_of_the_loss():
     assert memory.TILE_ELEMENTS == cross_entropy.TILE_ELEMENTS
     assert memory.SMALLEST_CHUNK == cross_entropy.SMALLEST_CHUNK
-    assert memory.SHORT_DOCUMENTS == attention.SHORT_DOCUMENTS
 
 
 def test_weights_gradients_and_moments_are_dealt_to_shards():

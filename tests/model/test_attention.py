@@ -19,6 +19,7 @@ from smol.model.attention import (
     document_lengths,
     document_positions,
 )
+from smol.model.cpu_attention import SHORT_DOCUMENT
 
 
 def dense_mask(documents: list[list[int]]) -> torch.Tensor:
@@ -75,6 +76,39 @@ def test_sdpa_equals_dense_mask(documents, heads):
     cotangent = torch.randn(out.shape, generator=generator, dtype=out.dtype)
     gradients = [torch.autograd.grad(x, (q, k, v), cotangent) for x in (out, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_documents_on_a_processor_equal_those_alone_in_float64(dtype, heads):
+    """Short and long ones, whose gradients take different ways, and neighbours of one length."""
+    lengths = [70, 70, 1, SHORT_DOCUMENT, SHORT_DOCUMENT, SHORT_DOCUMENT - 1, 33]
+    q, k, v = (torch.randn(1, sum(lengths), n, 16).to(dtype) for n in (*heads, heads[1]))
+    cotangent = torch.randn_like(q)
+
+    def results(call, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = call(*inputs)
+        return out, *torch.autograd.grad(out, inputs, cotangent.to(dtype))
+
+    def one_by_one(*tensors):
+        pieces = zip(*(x.transpose(1, 2).split(lengths, dim=2) for x in tensors), strict=True)
+        out = [math_attention(*piece) for piece in pieces]
+        return torch.cat(out, dim=2).transpose(1, 2)
+
+    def math_attention(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+
+    seen = results(SplitAttention(lengths), dtype)
+    expected = results(one_by_one, torch.float64)
+    limit = {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
+    for result, reference in zip(seen, expected, strict=True):
+        assert result.dtype == dtype
+        error = (result - reference).norm() / reference.norm()
+        assert error < limit
 
 
 def test_one_document_per_row_is_one_call():

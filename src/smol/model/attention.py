@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smol.errors import UserError, nearest
+from smol.model.cpu_attention import attend_documents
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention over one prepared batch: queries, keys and values in, mixed values out."""
@@ -91,10 +92,6 @@ class RowAttention:
         return out.transpose(1, 2)
 
 
-SHORT_DOCUMENTS = 256
-"""Mean length in tokens below which a processor attends faster in float32 than in bfloat16."""
-
-
 class SplitAttention:
     """One causal call per document, over the batch laid out as one row.
 
@@ -107,17 +104,11 @@ class SplitAttention:
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
-        self.short = sum(lengths) < SHORT_DOCUMENTS * len(lengths)
 
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.short and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            # Per call, the backward of the bfloat16 kernel costs more than these casts.
-            with torch.autocast("cpu", enabled=False):
-                return self._attend(q.float(), k.float(), v.float()).to(q.dtype)
-        return self._attend(q, k, v)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu":
+            return attend_documents(q, k, v, self.lengths)
         gqa = q.shape[2] != k.shape[2]
         pieces = zip(
             *(x.flatten(0, 1).transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)),

@@ -19,10 +19,9 @@ from smol.model.flops import num_matmul_parameters, num_parameters
 
 FLOAT = 4  # bytes
 BATCH = 28  # bytes of a token in the batch: input, target and position int64, document int32
-# Those of the loss and of the attention, which tests compare: planning is to start without torch.
+# Those of the loss, which a test compares: planning is to start without torch.
 TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 SMALLEST_CHUNK = 512
-SHORT_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,7 @@ class Work:
         accumulation: Micro-batches of an optimiser step.
         precision: ``bf16-mixed`` or ``32-true``.
         checkpointing: ``none``, ``selective`` or ``full`` activation checkpointing.
-        device: ``cuda``, where norms are fused and documents are attended to in one call, or
-            ``cpu``, where neither is so.
-        document_tokens: Mean length of the documents in a row; None for one document per row. Only
-            a CPU computes short ones differently.
+        device: ``cuda``, where norms are fused, or ``cpu``, where they are not.
     """
 
     tokens: int
@@ -60,7 +56,6 @@ class Work:
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
     checkpointing: Literal["none", "selective", "full"] = "none"
     device: Literal["cuda", "cpu"] = "cuda"
-    document_tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,15 +179,10 @@ def _activations(
     pairs = config.num_kv_heads * config.head_dim * 2
     width, inner = config.hidden_size, config.intermediate_size
 
-    split = cpu and work.document_tokens is not None
-    attended = compute
-    if split and work.document_tokens < SHORT_DOCUMENTS:
-        attended = FLOAT
     # A norm keeps what it is given; where it is made of simple operations, also what these give.
     simple = FLOAT * width * (1 + (stream < FLOAT)) if cpu else 0
     norm = stream * width + simple + FLOAT
-    attention = attended * (queries + pairs) + compute * queries + FLOAT * config.num_heads
-    attention += attended * queries if split else 0
+    attention = compute * (2 * queries + pairs) + FLOAT * config.num_heads
     per_layer = 2 * norm / tensor + 2 * compute * width + (attention + 4 * compute * inner) / tensor
 
     again = 0.0
@@ -200,7 +190,7 @@ def _activations(
         entry = stream * width / tensor
         per_layer, again = entry, per_layer - entry
     if work.checkpointing == "selective":
-        used = compute * 2 * inner + attended * queries + FLOAT * config.num_heads
+        used = compute * (2 * inner + queries) + FLOAT * config.num_heads
         per_layer += (used + compute * (queries + pairs + 2 * width)) / tensor
         again -= used / tensor  # what was kept is not made again
     shared = 2 * compute * config.head_dim  # cosines and sines of all layers
