@@ -62,8 +62,10 @@ def smol(job: Job) -> tuple[nn.Module, Loss]:
     """Our decoder and loss; documents do not see each other."""
     from smol.losses import linear_cross_entropy
     from smol.model import Decoder, DecoderConfig, RopeConfig, init_weights
+    from smol.modules.host_memory import keep_freed_memory
 
-    torch.set_flush_denormal(True)  # as DecoderModule does
+    torch.set_flush_denormal(True)  # both as DecoderModule does
+    keep_freed_memory()
     model = Decoder(DecoderConfig(**job.decoder), RopeConfig(theta=job.theta))
     init_weights(model, seed=0)
     numbers = torch.arange(len(job.lengths)).repeat_interleave(torch.tensor(job.lengths))

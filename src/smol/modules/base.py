@@ -19,6 +19,7 @@ from smol.errors import UserError
 from smol.model import Decoder, DecoderConfig, RopeConfig, check_initialization, init_weights
 from smol.model.activation_checkpointing import ActivationCheckpointing
 from smol.model.io import DESCRIPTION
+from smol.modules.host_memory import keep_freed_memory
 from smol.modules.steps import move_step_count, rewind_loggers
 from smol.optim import (
     Constant,
@@ -116,6 +117,7 @@ class DecoderModule(LightningModule):
             # Trained weights make many numbers of 1e-38 and less, which slow a processor down (see
             # docs/log.md). Threads inherit this, so it comes before the first product.
             torch.set_flush_denormal(True)
+            keep_freed_memory()
         with torch.device("meta"):
             decoder = Decoder(
                 self.decoder_config, self.rope_config, self.attention, self.activation_checkpointing
