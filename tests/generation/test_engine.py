@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from smol.errors import UserError
 from smol.generation import Generator, Sampling
-from smol.generation.inference_copy import can_pack
 from smol.losses import linear_cross_entropy
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
@@ -196,19 +195,23 @@ def test_weights_that_were_not_finite_do_not_haunt_the_cache(decoder):
         assert completion.tokens == brute_force(decoder, prompt, 12)
 
 
-@pytest.mark.skipif(
-    not can_pack(torch.bfloat16, torch.device("cpu")), reason="the processor has no bfloat16"
-)
+@pytest.mark.parametrize("time", [1, 15])
 @pytest.mark.parametrize("kind", ["nope", "gqa", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_packed_copy_computes_the_same(kind):
-    from smol.generation.inference_copy import inference_copy, linear
+def test_a_packed_copy_computes_the_same(dtype, kind, time):
+    from smol.generation.inference_copy import PackedBlock, can_pack, inference_copy, linear
 
-    decoder = make_decoder(kind).bfloat16()
-    packed = inference_copy(decoder, torch.bfloat16)
-    tokens = torch.tensor([PROMPTS[2]])
-    expected = decoder(tokens).float()
-    found = packed(tokens, head=linear).float()
+    if not can_pack(dtype, torch.device("cpu")):
+        pytest.skip(f"the processor has no {dtype}")
+    plain = make_decoder(kind).to(dtype)
+    packed = inference_copy(plain, dtype)
+    assert all(isinstance(layer, PackedBlock) for layer in packed.model.layers)
+    tokens = torch.tensor([PROMPTS[2][:time]])
+    expected, found = plain(tokens).float(), packed(tokens, head=linear).float()
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected)
+        return
     # Both round to 8 bits; they agree with each other as they do with float32.
     error = (expected - make_decoder(kind)(tokens)).abs().mean()
     assert (found - expected).abs().mean() < error

@@ -1,7 +1,6 @@
 """The keys and values of earlier tokens, kept so that each token is computed once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ class KVCache:
     before them. A row may write garbage into slots behind its end (from the padding of a batch of
     prompts): no query looks there before a later token has overwritten it.
 
-    Memory is taken at the first use of each layer, in the dtype that its keys have.
+    Memory is taken at the first use, in the dtype that keys have.
 
     Args:
         layers: Number of layers of the decoder.
@@ -27,103 +26,100 @@ class KVCache:
     """
 
     def __init__(self, layers: int, rows: int, length: int) -> None:
-        self.rows, self.length = rows, length
-        self._layers = [_LayerCache(rows, length) for _ in range(layers)]
+        self.layers, self.rows, self.length = layers, rows, length
+        # Keys and values of each layer, (layers, 2, rows, kv_heads, length, head_dim).
+        self._memory: Tensor | None = None
 
-    def place(
-        self, first_row: int, starts: Sequence[int], time: int, device: torch.device
-    ) -> list[Attend]:
+    def place(self, first_row: int, starts: Sequence[int], time: int) -> list[Attend]:
         """Prepare one forward pass: where its tokens go and what they see.
 
         Args:
             first_row: The pass is about this row and those behind it.
             starts: For each of them, the position of the first new token.
             time: New tokens of each row.
-            device: Of the decoder.
 
         Returns:
             The attention of every layer, for the decoder's ``attends``.
         """
-        rows = slice(first_row, first_row + len(starts))
-        end = max(starts) + time
-        aligned = min(starts) == max(starts)
-        slots = mask = None
-        if not aligned:
-            offsets = torch.arange(time)
-            slots = torch.tensor(
-                [(row * self.length + start) for row, start in enumerate(starts, first_row)]
-            )
-            slots = (slots.unsqueeze(1) + offsets).flatten().to(device)
-        if end > time and not (aligned and time == 1):
-            last_seen = torch.tensor(starts).unsqueeze(1) + torch.arange(time)
-            mask = torch.arange(end) <= last_seen.unsqueeze(-1)
-            mask = mask.unsqueeze(1).to(device)  # the same for all heads
-        plan = _Plan(rows, slice(end - time, end), slots, end, mask)
-        return [partial(layer.attend, plan) for layer in self._layers]
+        step = _Pass(self, first_row, starts, time)
+        return [partial(step.attend, layer) for layer in range(self.layers)]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a row over another row."""
-        for layer in self._layers:
-            for tensor in layer.tensors:
-                tensor[target, :length] = tensor[source, :length]
+        if self._memory is not None:
+            self._memory[:, :, target, :, :length] = self._memory[:, :, source, :, :length]
 
     def clear(self) -> None:
         """Forget everything; a value that is not finite would reach every later sum through 0."""
-        for layer in self._layers:
-            for tensor in layer.tensors:
-                tensor.zero_()
+        if self._memory is not None:
+            self._memory.zero_()
+
+    def memory(self, keys: Tensor) -> Tensor:
+        """The memory for keys like these, ``(batch, time, kv_heads, head_dim)``."""
+        memory = self._memory
+        if memory is None or (memory.dtype, memory.device) != (keys.dtype, keys.device):
+            shape = (self.layers, 2, self.rows, keys.shape[2], self.length, keys.shape[3])
+            # Zeros, because a masked slot still takes part in the sum, times nought.
+            self._memory = memory = keys.new_zeros(shape)
+        return memory
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What one forward pass does in every layer.
+class _Pass:
+    """One forward pass: its views of the cache are made once, for all layers.
 
-    Attributes:
-        rows: That are written.
-        columns: The slots that are written, where all rows write the same ones.
-        slots: Otherwise the written slots, numbered through all rows of the cache.
-        end: One more than the highest slot in use.
-        mask: Which slots each new token sees, ``(rows, 1, time, end)`` bool; ``None`` if the new
-            tokens are the first of their rows, or each sees all slots.
+    Args:
+        cache: Where keys and values lie.
+        first_row: See :meth:`KVCache.place`.
+        starts: See :meth:`KVCache.place`.
+        time: See :meth:`KVCache.place`.
     """
 
-    rows: slice
-    columns: slice
-    slots: Tensor | None
-    end: int
-    mask: Tensor | None
+    def __init__(self, cache: KVCache, first_row: int, starts: Sequence[int], time: int) -> None:
+        self.cache, self.starts, self.time = cache, starts, time
+        self.rows = slice(first_row, first_row + len(starts))
+        self.first, self.end = min(starts), max(starts) + time
+        self.aligned = self.first == max(starts)
+        self._targets: Sequence[Tensor] = ()  # keys and values of layer after layer
 
-
-class _LayerCache:
-    def __init__(self, rows: int, length: int) -> None:
-        self.rows, self.length = rows, length
-        self.tensors: tuple[Tensor, ...] = ()  # keys and values, (rows, length, kv_heads, head_dim)
-
-    def attend(self, plan: _Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store new keys and values and look at all of the row; shapes as in :data:`Attend`."""
-        if not self.tensors or _kind(self.tensors[0]) != _kind(k):
-            shape = (self.rows, self.length, *k.shape[2:])
-            # Zeros, because a masked slot still takes part in the sum, times nought.
-            self.tensors = k.new_zeros(shape), k.new_zeros(shape)
-        for cache, new in zip(self.tensors, (k, v), strict=True):
-            if plan.slots is None:
-                cache[plan.rows, plan.columns] = new
+        if not self._targets:
+            self._open(q, k)
+        for new, target in zip((k, v), self._targets[2 * layer : 2 * layer + 2], strict=True):
+            if self.aligned:
+                target.copy_(new.transpose(1, 2))
             else:
-                cache.flatten(0, 1).index_copy_(0, plan.slots, new.flatten(0, 1))
-        if plan.columns.start == 0:
+                target.index_copy_(0, self._slots, new.transpose(1, 2).flatten(0, 2))
+        if self.end == self.time:  # the first tokens of all rows
             return RowAttention()(q, k, v)
-        k, v = (x[plan.rows, : plan.end].transpose(1, 2) for x in self.tensors)
+        keys, values = self._sources[2 * layer : 2 * layer + 2]
         batch, time, heads, head_dim = q.shape
         if time == 1:
             # The queries that share a key head stand where time would: nothing is repeated.
-            q = q.view(batch, k.shape[1], -1, head_dim)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask)
+            q = q.view(batch, keys.shape[1], -1, head_dim)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask)
             return out.reshape(batch, 1, heads, head_dim)
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, attn_mask=plan.mask, enable_gqa=heads != k.shape[1]
+            q.transpose(1, 2), keys, values, self._mask, enable_gqa=heads != keys.shape[1]
         )
         return out.transpose(1, 2)
 
-
-def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
-    return tensor.dtype, tensor.device
+    def _open(self, q: Tensor, k: Tensor) -> None:
+        memory = self.cache.memory(k).flatten(0, 1)
+        rows = memory[:, self.rows]  # (2 layers, batch, kv_heads, length, head_dim)
+        self._sources = rows[..., : self.end, :].unbind()
+        self._targets = rows[..., self.first : self.end, :].unbind()
+        if not self.aligned:
+            # Numbers of the written slots, through all rows and heads of a layer.
+            batch, heads, length = rows.shape[1:4]
+            slots = torch.arange(batch * heads).view(batch, heads, 1) * length
+            slots = slots + torch.tensor(self.starts).view(-1, 1, 1) + torch.arange(self.time)
+            self._slots = (slots + self.rows.start * heads * length).flatten().to(k.device)
+            self._targets = memory.flatten(1, 3).unbind()
+        self._mask = None
+        if self.end > self.time and not (self.aligned and self.time == 1):
+            last_seen = torch.tensor(self.starts).unsqueeze(1) + torch.arange(self.time)
+            hidden = torch.arange(self.end) > last_seen.unsqueeze(-1)
+            # What is added to the scores, (rows, 1, time, end): the same for all heads and layers.
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            self._mask = mask.unsqueeze(1).to(q.device, q.dtype)

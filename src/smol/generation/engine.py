@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -157,7 +158,7 @@ class Generator:
     def _passes(self) -> Iterator[None]:
         """Forward passes; one that fails leaves no cache behind that is half there."""
         try:
-            with _inference(self.decoder):
+            with _inference(self.decoder, self._fixed):
                 yield
         except BaseException:
             self._cache = None
@@ -214,7 +215,7 @@ class Generator:
             return linear(hidden, weight.to(hidden.dtype)).float()
 
         positions = torch.tensor(starts).unsqueeze(1) + torch.arange(time)
-        attends = self._cache.place(first_row, starts, time, device)
+        attends = self._cache.place(first_row, starts, time)
         return self.decoder(
             tokens.to(device), positions=positions.to(device), head=head, attends=attends
         )
@@ -224,7 +225,6 @@ class Generator:
         return self.decoder.rotary.inv_freq.device
 
     def _choose(self, rows: list[Row], logits: Tensor) -> None:
-        normalizers = logits.logsumexp(-1)
         penalties = [row.sampling.repetition_penalty for row in rows]
         penalized = logits
         if any(penalty != 1.0 for penalty in penalties):
@@ -233,7 +233,7 @@ class Generator:
                 penalize_repetition(line, row.prompt + row.tokens, penalty)
         uniforms = [row.uniform() for row in rows]
         tokens = choose(penalized, [row.sampling for row in rows], uniforms)
-        log_probs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - normalizers
+        log_probs = -F.cross_entropy(logits, tokens, reduction="none")
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
             row.push(token, log_prob)
 
@@ -274,8 +274,11 @@ class Stream:
 
 
 @contextmanager
-def _inference(decoder: nn.Module) -> Iterator[None]:
-    """Neither gradients nor dropout, and nothing compiled for lengths that differ at each call."""
+def _inference(decoder: nn.Module, fixed: bool) -> Iterator[None]:
+    """Neither gradients nor dropout, and nothing compiled for lengths that differ at each call.
+
+    The weights of a ``fixed`` decoder are never trained, so it can do without all of autograd.
+    """
     modules = list(decoder.modules())
     training = [module for module in modules if module.training]
     compiled = any(module._compiled_call_impl is not None for module in modules)
@@ -284,7 +287,7 @@ def _inference(decoder: nn.Module) -> Iterator[None]:
     try:
         # Only where it matters: asking for the stance imports the compiler, which takes seconds.
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with torch.no_grad(), eager:
+        with torch.inference_mode() if fixed else torch.no_grad(), eager:
             yield
     finally:
         for module in training:

@@ -9,9 +9,17 @@ from torch.distributed.tensor import DTensor
 
 from smol.errors import UserError
 from smol.model.attention import Attend
-from smol.model.decoder import MLP, Attention, Decoder
+from smol.model.decoder import Block, Decoder, RMSNorm
 from smol.model.io import assemble_decoder
 from smol.model.rope import Rotation, rotate
+
+FAST_ROWS = 4
+"""One row is multiplied as so many: the kernel that oneDNN takes for them reads weights faster."""
+USUAL_ROWS = 16
+"""The blocks of a packed weight are chosen for products with so many rows."""
+
+Packed = tuple[Tensor, Tensor | None]
+"""A packed weight and the bias, ``(out,)``."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,74 +33,93 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if not weight.is_mkldnn:
+        return F.linear(x, weight, bias)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    if x.numel() > x.shape[-1]:
+        return multiply(x, weight, bias, "none", [], "")
+    return multiply(x.expand(FAST_ROWS, *x.shape[1:]), weight, bias, "none", [], "")[:1]
 
 
-class PackedLinear(nn.Module):
-    """Linear layers with the same input as one product, its weight in the blocks of oneDNN.
+def pack(*layers: nn.Linear) -> Packed:
+    """Linear layers with the same input as one, its weight in the blocks of oneDNN.
 
     A plain weight in bfloat16 is put into blocks at each call, which takes longer than the product
-    with a few tokens.
+    with a few tokens; one in float32 is read as it lies, which is slower than block by block.
 
     Args:
-        layers: The layers to take over; their outputs are put side by side.
+        layers: Their outputs are put side by side.
+    """
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL_ROWS)
+    return packed, torch.cat(biases) if biases else None
+
+
+def normalize(x: Tensor, norm: RMSNorm) -> Tensor:
+    """A norm without the changes of dtype that training needs."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+
+class PackedBlock(nn.Module):
+    """:class:`smol.model.decoder.Block` with four products instead of seven.
+
+    With one row a layer takes no longer than its weights take to be read, if little else is done;
+    hence no modules in here, and one rotation for queries and keys.
+
+    Args:
+        plain: The block to take over.
     """
 
-    def __init__(self, *layers: nn.Linear) -> None:
+    def __init__(self, plain: Block) -> None:
         super().__init__()
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        has_bias = layers[0].bias is not None
-        self.bias = torch.cat([layer.bias.detach() for layer in layers]) if has_bias else None
+        attention, mlp = plain.self_attn, plain.mlp
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        self.head_dim = attention.head_dim
+        self.heads = [layer.out_features // self.head_dim for layer in projections]
+        self.qkv, self.o = pack(*projections), pack(attention.o_proj)
+        self.gate_up, self.down = pack(mlp.gate_proj, mlp.up_proj), pack(mlp.down_proj)
+        self.norms = plain.input_layernorm, plain.post_attention_layernorm
+        self.qk_norms = attention.q_norm, attention.k_norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, hidden: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        before_attention, before_mlp = self.norms
+        mixed = self._attention(normalize(hidden, before_attention), rotation, attend)
+        hidden = hidden + mixed
+        gate, up = linear(normalize(hidden, before_mlp), *self.gate_up).chunk(2, dim=-1)
+        return hidden + linear(F.silu(gate).mul_(up), *self.down)
 
-
-class PackedAttention(nn.Module):
-    """:class:`smol.model.decoder.Attention` with two products instead of four."""
-
-    def __init__(self, plain: Attention) -> None:
-        super().__init__()
-        projections = plain.q_proj, plain.k_proj, plain.v_proj
-        self.head_dim = plain.head_dim
-        self.heads = [layer.out_features // plain.head_dim for layer in projections]
-        self.qkv_proj, self.o_proj = PackedLinear(*projections), PackedLinear(plain.o_proj)
-        self.q_norm, self.k_norm = plain.q_norm, plain.k_norm
-
-    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+    def _attention(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+        heads = linear(x, *self.qkv).unflatten(-1, (-1, self.head_dim))
+        q_norm, k_norm = self.qk_norms
+        q_heads, k_heads, v_heads = self.heads
+        qk, v = heads.split_with_sizes((q_heads + k_heads, v_heads), dim=-2)
+        if q_norm is not None:
+            q, k = qk.split_with_sizes((q_heads, k_heads), dim=-2)
+            qk = torch.cat((normalize(q, q_norm), normalize(k, k_norm)), dim=-2)
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        return self.o_proj(attend(q, k, v).flatten(-2))
+            qk = rotate(qk, rotation)
+        q, k = qk.split_with_sizes((q_heads, k_heads), dim=-2)
+        return linear(attend(q, k, v).flatten(-2), *self.o)
 
 
-class PackedMLP(nn.Module):
-    """:class:`smol.model.decoder.MLP` with two products instead of three."""
+class PackedHead(nn.Module):
+    """The head, whose weight the decoder hands to a function such as :func:`linear`."""
 
-    def __init__(self, plain: MLP) -> None:
+    def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
-        self.gate_up_proj = PackedLinear(plain.gate_proj, plain.up_proj)
-        self.down_proj = PackedLinear(plain.down_proj)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        self.weight, _ = pack(plain)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights of a dtype can be packed on a device: bfloat16 on most newer processors."""
+    """Whether weights of a dtype can be packed: on processors, in bfloat16 on most newer ones."""
     operators = torch.ops.mkldnn
     return (
         device.type == "cpu"
-        and dtype == torch.bfloat16
+        and dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and hasattr(operators, "_reorder_linear_weight")
-        and operators._is_mkldnn_bf16_supported()
+        and (dtype == torch.float32 or operators._is_mkldnn_bf16_supported())
     )
 
 
@@ -117,7 +144,7 @@ def inference_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
         config = replace(config, tie_embeddings=False)
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     copy = assemble_decoder(config, decoder.rope, weights, device).eval()
-    for layer in copy.model.layers:
-        layer.self_attn, layer.mlp = PackedAttention(layer.self_attn), PackedMLP(layer.mlp)
-    copy.lm_head = PackedLinear(copy.lm_head)
+    for index, block in enumerate(copy.model.layers):
+        copy.model.layers[index] = PackedBlock(block)
+    copy.lm_head = PackedHead(copy.lm_head)
     return copy
