@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ from smol.data.batch import TokenBatch
 from smol.errors import UserError
 from smol.model import Decoder, DecoderConfig, RopeConfig, check_initialization, init_weights
 from smol.model.activation_checkpointing import ActivationCheckpointing
+from smol.model.float8 import Float8, check_tokens, convert_to_float8
 from smol.model.io import DESCRIPTION
 from smol.modules.host_memory import keep_freed_memory
 from smol.modules.steps import move_step_count, rewind_loggers
@@ -48,6 +50,8 @@ class DecoderModule(LightningModule):
         compile: Compile each block with ``torch.compile``.
         activation_checkpointing: What blocks compute again in the backward pass, to save memory:
             none, selective (all but matrix products and attention) or full (all).
+        float8: Products of the blocks in float8 (torchao), best with ``compile``: none, tensorwise,
+            rowwise or rowwise_with_gw_hp. It needs an Ada or Hopper GPU or a newer one.
         init_seed: Seed of the initial weights.
     """
 
@@ -60,6 +64,7 @@ class DecoderModule(LightningModule):
         schedule: Schedule | None = None,
         compile: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
+        float8: Float8 = "none",
         init_seed: int = 6,
     ):
         super().__init__()
@@ -70,6 +75,7 @@ class DecoderModule(LightningModule):
         self.schedule = schedule or Constant()
         self.compile_blocks = compile
         self.activation_checkpointing = activation_checkpointing
+        self.float8 = float8
         self.init_seed = init_seed
         self.learning_rate_scale = 1.0  # a factor for whoever has to slow the training down
         self.initial_weights: Path | None = None
@@ -122,6 +128,10 @@ class DecoderModule(LightningModule):
             decoder = Decoder(
                 self.decoder_config, self.rope_config, self.attention, self.activation_checkpointing
             )
+        parts = getattr(strategy, "_tensor_parallel_size", 1)
+        converted, layers = convert_to_float8(decoder, self.float8, device, parts=parts)
+        if converted:
+            rank_zero_info(f"float8 {self.float8}: {converted} of {layers} linear layers of blocks")
         if self.compile_blocks:
             for layer in decoder.model.layers:
                 layer.compile()
@@ -158,6 +168,8 @@ class DecoderModule(LightningModule):
             # A function of the position, as the data is, so that a restart goes on exactly.
             place = (self.init_seed, batch.position, batch.micro, self.trainer.global_rank)
             torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        if self.float8 != "none":
+            check_tokens(batch.tokens.numel())
         objective, sums = self.objective(batch)
         if batch.micro == 0:
             self._sums = sums
