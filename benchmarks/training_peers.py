@@ -81,31 +81,42 @@ def smol(job: Job) -> tuple[nn.Module, Loss]:
     return model, loss
 
 
-def transformers(job: Job) -> tuple[nn.Module, Loss]:
-    """``SmolLM3ForCausalLM``, scaled-dot-product attention, causal over the whole row."""
-    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+def smollm3_config(shape: dict[str, Any], theta: float, context: int, attention: str) -> Any:
+    """The ``SmolLM3Config`` of a decoder.
 
-    shape = job.decoder
-    layers, heads = shape["num_layers"], shape["num_heads"]
-    every = shape.get("nope") or 0
-    config = SmolLM3Config(
+    Args:
+        shape: Fields of :class:`smol.model.DecoderConfig`.
+        theta: Base of the rotary embedding.
+        context: Tokens of a row.
+        attention: ``attn_implementation``.
+    """
+    from transformers import SmolLM3Config
+
+    layers, every = shape["num_layers"], shape.get("nope") or 0
+    return SmolLM3Config(
         vocab_size=shape["vocab_size"],
         hidden_size=shape["hidden_size"],
         intermediate_size=shape["intermediate_size"],
         num_hidden_layers=layers,
-        num_attention_heads=heads,
+        num_attention_heads=shape["num_heads"],
         num_key_value_heads=shape["num_kv_heads"],
         no_rope_layers=[int(not every or (i + 1) % every != 0) for i in range(layers)],
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": job.theta},
-        max_position_embeddings=job.time,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        max_position_embeddings=context,
         use_cache=False,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
-    model = SmolLM3ForCausalLM(config)
+
+
+def transformers(job: Job) -> tuple[nn.Module, Loss]:
+    """``SmolLM3ForCausalLM``, scaled-dot-product attention, causal over the whole row."""
+    from transformers import SmolLM3ForCausalLM
+
+    model = SmolLM3ForCausalLM(smollm3_config(job.decoder, job.theta, job.time, "sdpa"))
     if job.compile:
         model.compile()
 
@@ -115,14 +126,11 @@ def transformers(job: Job) -> tuple[nn.Module, Loss]:
     return model, loss
 
 
-def litgpt(job: Job) -> tuple[nn.Module, Loss]:
-    """litgpt's ``GPT`` and ``chunked_cross_entropy`` with the defaults of ``litgpt pretrain``."""
+def litgpt_config(shape: dict[str, Any], theta: float, context: int) -> Any:
+    """The ``litgpt.config.Config`` of a decoder; arguments as for :func:`smollm3_config`."""
     from litgpt.config import Config
-    from litgpt.model import GPT
-    from litgpt.utils import chunked_cross_entropy
 
-    shape = job.decoder
-    config = Config(
+    return Config(
         n_layer=shape["num_layers"],
         n_embd=shape["hidden_size"],
         n_head=shape["num_heads"],
@@ -130,15 +138,22 @@ def litgpt(job: Job) -> tuple[nn.Module, Loss]:
         intermediate_size=shape["intermediate_size"],
         vocab_size=shape["vocab_size"],
         padded_vocab_size=shape["vocab_size"],
-        block_size=job.time,
-        rope_base=int(job.theta),
+        block_size=context,
+        rope_base=int(theta),
         norm_class_name="RMSNorm",
         mlp_class_name="LLaMAMLP",
         parallel_residual=False,
         rotary_percentage=1.0,
         bias=False,
     )
-    module = GPT(config)
+
+
+def litgpt(job: Job) -> tuple[nn.Module, Loss]:
+    """litgpt's ``GPT`` and ``chunked_cross_entropy`` with the defaults of ``litgpt pretrain``."""
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    module = GPT(litgpt_config(job.decoder, job.theta, job.time))
     module.transformer.wte.weight = module.lm_head.weight
     model = torch.compile(module) if job.compile else module
 
