@@ -57,6 +57,7 @@ def _parser() -> _Parser:
     add("--device", default="cpu", help="such as cuda (default: cpu)")
     add("--dtype", choices=DTYPES, help="of the weights (default: what is stored)")
     add("--max_length", type=int, metavar="N", help="tokens a model may read (default: as trained)")
+    add("--batch_size", type=int, default=16, metavar="N", help="answers at a time (default: 16)")
     add("--tokenizer", metavar="FOLDER", help="where a model does not say which is its own")
     add("--force", action="store_true", help="measure again what is there already")
     add("--all", action="store_true", help="also show accuracies by group")
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if not args.tasks:
         raise UserError(f"--tasks is missing: name some of {', '.join(known_tasks())}, or files")
-    for name in ("limit", "max_length"):
+    for name in ("limit", "max_length", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} is {value}, expected 1 or more")
     _check_device(args.device)
@@ -99,6 +100,7 @@ def _run(args: argparse.Namespace) -> None:
         args.dtype,
         args.max_length,
         args.tokenizer,
+        args.batch_size,
         args.force,
         # Standard output is for the table.
         log=lambda line: print(line, file=sys.stderr, flush=True),

@@ -38,6 +38,7 @@ class Settings:
         dtype: Of the weights; ``None`` keeps what they are stored in.
         max_length: How many tokens a model may read; ``None`` for what it was trained with.
         tokenizer: Folder, where it is not the one that goes with the model.
+        batch_size: How many answers to write at a time.
         force: Measure again what is there already.
         log: Receives what is worth a line.
     """
@@ -50,6 +51,7 @@ class Settings:
     dtype: str | None = None
     max_length: int | None = None
     tokenizer: str | None = None
+    batch_size: int = 16
     force: bool = False
     log: Callable[[str], None] = field(default=print, compare=False)
 
@@ -90,7 +92,9 @@ def _load(folder: ModelFolder, settings: Settings) -> "LanguageModel":
     from smol.evaluation.language_model import load_language_model
 
     dtype = settings.dtype and getattr(torch, settings.dtype)
-    return load_language_model(folder, settings.device, dtype, settings.max_length)
+    return load_language_model(
+        folder, settings.device, dtype, settings.max_length, settings.batch_size
+    )
 
 
 def _measured(

@@ -38,7 +38,7 @@ def load_generator(
     model = load_language_model(find_model(path, tokenizer), device, max_length=max_length)
     chosen = _best_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     generator = Generator(model.decoder, model.tokenizer, model.max_length, chosen)
-    model.decoder = generator.decoder  # one set of weights is enough
+    model.decoder, model.fixed = generator.decoder, False  # one set of weights is enough
     return generator, model
 
 
