@@ -29,7 +29,7 @@ class Layout:
     Attributes:
         rank: This process among the data-parallel ones.
         ranks: How many data-parallel processes there are.
-        micro_batch_tokens: Tokens of one forward and backward pass of one process.
+        micro_batch_tokens: Tokens of one forward and backward pass of one process, at most.
     """
 
     rank: int
@@ -37,8 +37,12 @@ class Layout:
     micro_batch_tokens: int
 
     def rows(self, segment: Segment) -> int:
-        """Sequences of one micro-batch."""
-        return max(1, self.micro_batch_tokens // segment.context)
+        """Sequences of one micro-batch, never more than this process has of a global batch.
+
+        So a global batch may begin below ``micro_batch_tokens`` and grow beyond it.
+        """
+        share = segment.global_batch // segment.context // self.ranks
+        return max(1, min(self.micro_batch_tokens // segment.context, share))
 
     def accumulation(self, segment: Segment) -> int:
         """Micro-batches of one process in an optimiser step.
