@@ -38,6 +38,7 @@ PHASES = ("mid_training", "sft", "preference", "recovered")  # in the order of t
 SECOND, RECIPE, SECONDS = "preference_2", "configs/merges/recover.yaml", "seconds.json"
 OTHER_SEED = 100  # what is added to a seed for the second preference run
 TASKS = ("chat", "chat_unseen")
+AT_ONCE = 128  # answers
 MODES = ("no_think", "think")
 QUESTIONS = (
     "Write star 2 times with + in between, then moon.",
@@ -48,7 +49,7 @@ QUESTIONS = (
 )
 
 
-def script(name: str, *words: str | Path) -> float:
+def script(name: str, *words: str | int | Path) -> float:
     """Run one of the project's scripts; returns how many seconds it took."""
     print("$", f"src/{name}.py", *words, flush=True)
     began = time.monotonic()
@@ -96,6 +97,15 @@ def measured(run: Path) -> dict[str, float]:
     return {f"{r.task}/{name}": e.value for r in rows for name, e in r.metrics.items()}
 
 
+def points(before: dict[int, float], after: dict[int, float]) -> list[str]:
+    """Mean gain of a share over the seeds in points, its interval, and what that says."""
+    d = paired(before, after, 1)
+    if d is None or d.low is None:
+        return ["", "", ""]
+    said = "gains" if d.low > 0 else "loses" if d.high < 0 else "no difference seen"
+    return [f"{100 * d.mean:+.1f}", f"{100 * d.low:+.1f} to {100 * d.high:+.1f}", said]
+
+
 class Chains:
     """What was measured, by phase and seed."""
 
@@ -117,21 +127,16 @@ class Chains:
         return {s: fmean(f[s] for f in found) for s in self.seeds if all(s in f for f in found)}
 
     def gain(self, before: str, after: str, modes: Sequence[str]) -> list[str]:
-        """Mean gain over the seeds in points, its interval, and what it says."""
-        d = paired(self.accuracy(before, modes), self.accuracy(after, modes), 1)
-        if d is None or d.low is None:
-            return ["", "", ""]
-        said = "gains" if d.low > 0 else "loses" if d.high < 0 else "no difference seen"
-        return [f"{100 * d.mean:+.1f}", f"{100 * d.low:+.1f} to {100 * d.high:+.1f}", said]
+        """What a phase gains in accuracy over another one, see :func:`points`."""
+        return points(self.accuracy(before, modes), self.accuracy(after, modes))
 
-    def rewards(self) -> list[list[str]]:
-        """Held-out pairs before and after preference optimisation, by seed."""
-        rows = []
-        for seed in self.seeds:
-            metrics = read_metrics(self.runs / f"seed{seed}/preference/metrics.csv")
-            ends = [metrics[f"held_out/rewards/{n}"][1] for n in ("accuracies", "margins")]
-            rows.append([str(seed), f"{ends[0][-1]:.1%}", f"{ends[1][-1]:+.2f}"])
-        return rows
+    def pairs(self, metric: str) -> tuple[dict[int, float], dict[int, float]]:
+        """A measure of held-out pairs before and after preference optimisation, by seed."""
+        found = {
+            seed: read_metrics(self.runs / f"seed{seed}/preference/metrics.csv")[metric][1]
+            for seed in self.seeds
+        }
+        return tuple({seed: values[end] for seed, values in found.items()} for end in (0, -1))
 
     def seconds(self) -> list[list[str]]:
         """How long phases took that this script trained, by seed."""
@@ -197,8 +202,21 @@ def page(chains: Chains) -> Iterable[str | Table]:
         rows,
         "Accuracy on trained kinds; the interval is that of the t test paired by seed.",
     )
-    yield "Preference optimisation is for telling better answers from worse. On held-out pairs:"
-    yield Table(["seed", "chosen is preferred", "margin"], chains.rewards())
+    yield (
+        "Preference optimisation is for telling better answers from worse: of the two answers of a "
+        "held-out pair, most of them a right one and a near miss, the better is to be the likelier."
+    )
+    before, after = chains.pairs("held_out/ranking")
+    _, margins = chains.pairs("held_out/rewards/margins")
+    rows = [
+        [str(seed), f"{before[seed]:.1%}", f"{after[seed]:.1%}", f"{margins[seed]:+.2f}"]
+        for seed in chains.seeds
+    ]
+    yield Table(
+        ["seed", "the better one is likelier, sft", "preference", "margin of rewards"],
+        rows,
+        "Gain in points: {}, 95 % interval {}: {}.".format(*points(before, after)),
+    )
     yield "## Modes"
     rows = [
         [f"{label}, {mode}", *(chains.mean(p, f"chat/{mode}/{metric}", spec) for p in PHASES)]
@@ -207,7 +225,7 @@ def page(chains: Chains) -> Iterable[str | Table]:
             ("in_mode_after_switch", "after a switch in the third turn", ".1%"),
             ("ended", "ended by itself", ".1%"),
             ("answer_tokens", "tokens of an answer", ".1f"),
-            ("tokens_per_second", "tokens/s, 16 at a time", ",.0f"),
+            ("tokens_per_second", f"tokens/s, {AT_ONCE} at a time", ",.0f"),
         )
         for mode in MODES
     ]
@@ -239,7 +257,7 @@ def main() -> None:
         train(folder, seed, args.base.absolute())
         merge(folder)
         for phase in PHASES:
-            script("evaluate", folder / phase, "--tasks", *TASKS)
+            script("evaluate", folder / phase, "--batch_size", AT_ONCE, "--tasks", *TASKS)
     chains = Chains(runs, args.seeds)
     write_document(args.page.parent, "The laptop's assistant", list(page(chains)), args.page.stem)
     print(f"wrote {args.page}")

@@ -15,7 +15,7 @@ from smol.experiments.records import ENVIRONMENT, METRICS, environment
 from smol.experiments.report import write_run_report
 
 BITS = "held_out/bits_per_byte/"
-REWARDS = ("held_out/rewards/accuracies", "held_out/rewards/margins")
+REWARDS = ("held_out/ranking", "held_out/rewards/accuracies", "held_out/rewards/margins")
 
 
 class RunReport(Callback):
@@ -86,7 +86,7 @@ def _draw(folder: Path) -> None:
 
 def _below(prefix: str | tuple[str, ...], metrics: dict) -> dict[str, float]:
     """The metrics whose names begin so, by the last part of their names."""
-    return {k.split("/", 2)[2]: float(v) for k, v in metrics.items() if k.startswith(prefix)}
+    return {k.split("/", 2)[-1]: float(v) for k, v in metrics.items() if k.startswith(prefix)}
 
 
 def _print_table(

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import random
+import re
 
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ from preference_parts import easy_pairs, make_preferences, prepare_pairs, write_
 from smol.data.batch import IGNORE
 from smol.data.chat import default_template
 from smol.data.conversation_tokens import Rendering
-from smol.data.corpora.chat_tasks import Task, check, is_held_out
-from smol.data.corpora.preferences import FLAWS, ensure_preferences, records
+from smol.data.corpora.chat_tasks import KINDS, Task, check, is_held_out, tasks
+from smol.data.corpora.preferences import FLAWS, NEAR_MISSES, altered, ensure_preferences, records
 from smol.data.pairs import PairsConfig, documents, read_pairs
 from smol.data.tokenizer import load_tokenizer
 from smol.errors import UserError
@@ -304,6 +306,21 @@ class TestRows:
 
 
 class TestCorpus:
+    @given(st.integers(0, 2**32), st.integers(0, 300))
+    def test_near_misses_are_wrong_and_near(self, seed, number):
+        task = next(itertools.islice(tasks("train", seed), number % len(KINDS), None))
+        rng = random.Random(number)
+        found = altered(task.answer, task.question, rng)
+        assert not check(task, found)
+        right, wrong = task.answer.split(), found.split()
+        assert len(wrong) == len(right)  # words may change places, or one of them its digits
+        assert sum(a != b for a, b in zip(right, wrong, strict=True)) <= 2
+        assert not any(part[0] == "0" != part for part in re.findall(r"\d+", found))
+
+    def test_most_flaws_are_near_misses(self):
+        flaws = [record["flaw"] for record in records("think", 1000)]
+        assert flaws.count("near_miss") / 1000 == pytest.approx(NEAR_MISSES, abs=0.05)
+
     @pytest.mark.parametrize("mode", ["think", "no_think"])
     def test_strong_answers_are_right_and_weak_ones_are_not(self, mode):
         seen = set()
@@ -325,7 +342,7 @@ class TestCorpus:
         assert {flaw for flaw, _ in seen} == set(FLAWS) - (
             {"wrong_mode"} if mode != "think" else set()
         )
-        assert len({kind for flaw, kind in seen if flaw == "wrong"}) > 8  # no flaw marks a kind
+        assert len({kind for flaw, kind in seen if flaw == "near_miss"}) == len(KINDS)
 
     def test_files_are_seeded_and_held_out_questions_unseen(self, tmp_path):
         said = []

@@ -110,6 +110,7 @@ def test_objective_and_sums_from_single_answers(ready, folder, name):
     assert float(objective) == pytest.approx(float(loss.sum()), rel=1e-4)
     assert sums["tokens"] == len(loss) > 10
     assert sums["rewards/accuracies"] == int((rewards[:, 0] > rewards[:, 1]).sum())
+    assert sums["ranking"] == int((policy[:, 0] > policy[:, 1]).sum())
     assert float(sums["logps/rejected"]) == pytest.approx(float(policy[:, 1].sum()), rel=1e-5)
     assert sums["length/chosen"] == lengths[:, 0].sum()
     if name != "simpo":

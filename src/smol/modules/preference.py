@@ -40,9 +40,10 @@ class PreferenceOptimization(DecoderModule):
     ``rewards/rejected``, their difference ``rewards/margins`` and how often it is positive,
     ``rewards/accuracies``; ``logps/chosen`` and ``logps/rejected``, in nats per answer;
     ``length/chosen`` and ``length/rejected``, in trained tokens; ``truncated``, the share of pairs
-    with an answer that was cut; and ``displacement``, how far the log-probability of chosen answers
-    has moved from the reference's (without one, from its own at the first report), in nats per
-    token. ``train/pairs`` is their number.
+    with an answer that was cut; ``ranking``, how often the chosen answer is the likelier one,
+    whatever the reference (Chen et al. 2024, arXiv 2405.19534); and ``displacement``, how far the
+    log-probability of chosen answers has moved from the reference's (without one, from its own at
+    the first report), in nats per token. ``train/pairs`` is their number.
 
     Args:
         loss: Which loss, and its settings.
@@ -109,6 +110,7 @@ class PreferenceOptimization(DecoderModule):
             "rewards/chosen": rewards[:, 0].sum(),
             "rewards/rejected": rewards[:, 1].sum(),
             "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).sum(),
+            "ranking": (log_probs[:, 0] > log_probs[:, 1]).sum(),
             "logps/chosen": log_probs[:, 0].sum(),
             "logps/rejected": log_probs[:, 1].sum(),
             "length/chosen": lengths[:, 0].sum(),
