@@ -12,6 +12,7 @@ import pytest
 import torch
 from memory_sources import EOS, make_loader, step_ids
 
+import smol.data.loader as loader_module
 from smol.data.batch import token_tensors
 from smol.data.stages import SourceConfig, StageConfig
 from smol.errors import UserError
@@ -137,6 +138,23 @@ def test_signals_to_every_process_do_not_end_workers(uninterrupted):
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first + more, alone, strict=True))
     reader.close()
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_signals_before_a_worker_can_ignore_them_do_not_end_it(monkeypatch):
+    ignore = loader_module._ignore_signals
+
+    def signalled(worker):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        ignore(worker)
+
+    monkeypatch.setattr(loader_module, "_ignore_signals", signalled)
+    reader = iter(make_loader(STAGES, CHUNKS, workers=2))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    batches = list(islice(reader, 8))
+    alone = islice(iter(make_loader(STAGES, CHUNKS)), 8)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, alone, strict=True))
+    reader.close()
 
 
 HUNG = """

@@ -146,6 +146,9 @@ class _FromPosition(Sampler):
             position += segment.global_batch
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of a job that is to save
+
+
 class _Workers(DataLoader):
     """A loader whose workers outlive a signal that is sent to every process of a job.
 
@@ -157,7 +160,12 @@ class _Workers(DataLoader):
         super().__init__(*args, worker_init_fn=_ignore_signals, **kwargs)
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
+        # Held back until a worker is able to ignore them: a process inherits what is blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for worker in getattr(batches, "_workers", ()):
             # By which they are ended at last, also at the end of this process.
             worker._popen.terminate = partial(_kill, worker._popen, id(batches))
@@ -172,8 +180,9 @@ def _kill(worker: Any, batches: int) -> None:
 
 
 def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 class PositionLoader:
