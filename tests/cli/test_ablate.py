@@ -1,6 +1,7 @@
 """The command line of ``ablate.py``: runs, what is shared and resumed, verdicts, promotion."""
 
 import json
+import signal
 import sys
 import time
 import types
@@ -137,7 +138,9 @@ def test_ctrl_c_ends_the_runs(folder: Path, monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(runs, "as_completed", interrupted)
     began = time.monotonic()
+    handler = signal.getsignal(signal.SIGTERM)
     assert main([str(write_study(folder))]) == 130
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert time.monotonic() - began < 40
     assert "the same command goes on" in capsys.readouterr().err
     assert not runs._processes

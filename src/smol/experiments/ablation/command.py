@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 after a mistake of the user's."""
     from smol.cli import user_message
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the runs
     try:
         args = _parser().parse_args(arguments)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs, as Ctrl-C does
         run_study(**vars(args))
     except Exception as error:
         message = user_message(error)
@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
