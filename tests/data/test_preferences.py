@@ -313,7 +313,10 @@ class TestCorpus:
         found = altered(task.answer, task.question, rng)
         assert not check(task, found)
         right, wrong = task.answer.split(), found.split()
-        assert len(wrong) == len(right)  # words may change places, or one of them its digits
+        assert len(wrong) == len(right)
+        if len(set(right)) == len(set(wrong)) == 1:
+            return  # a word said several times is another word, as often
+        # Words may change places, or one of them its digits.
         assert sum(a != b for a, b in zip(right, wrong, strict=True)) <= 2
         assert not any(part[0] == "0" != part for part in re.findall(r"\d+", found))
 
