@@ -12,10 +12,12 @@ from smol.modules.host_memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("not done")
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**21)
+def step():
+    held = [torch.ones(n * 2**18) for n in range(4, 29, 4)]  # activations of 4 to 28 MiB
+step(), step()
 before = faults()
-for _ in range(20):
-    torch.ones(2**21)  # 8 MiB: 2,048 pages
+for _ in range(10):
+    step()
 print(faults() - before)
 """
 
@@ -34,7 +36,8 @@ def page_faults(way: str, **environment: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
 def test_memory_is_taken_once():
-    assert page_faults("keep") < 100 < page_faults("leave")
+    # Where blocks lie, chance decides; of those left alone the largest goes back at any rate.
+    assert page_faults("keep") < 100 < 5_000 < page_faults("leave")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
