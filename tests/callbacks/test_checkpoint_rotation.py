@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from lightning import Callback
 from tiny import Bomb, Die, make_data, make_module, make_stages, make_trainer
+from warm_python import python
 
 from callbacks.checkpoint_rotation import CheckpointRotation
 from callbacks.events import Events
@@ -241,14 +240,6 @@ trainer.fit(make_module(), make_data(sources))
 """
 
 
-def python(*words):
-    path = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
-
-
 def test_sigterm_saves_and_ends_with_status_143(sources, tmp_path):
     done = python("-c", SCRIPT, tmp_path, sources)
     assert done.returncode == 143, done.stderr
@@ -258,7 +249,7 @@ def test_sigterm_saves_and_ends_with_status_143(sources, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_hear_of_a_signal_at_the_same_step(sources, tmp_path):
-    done = python(Path(__file__).with_name("rotation_ranks.py"), sources, tmp_path)
+    done = python(Path(__file__).with_name("rotation_ranks.py"), sources, tmp_path, ranks=2)
     assert done.returncode == 143, done.stderr[-3000:]
     assert steps_kept(tmp_path / "run") == [6]
     assert events(tmp_path / "run", "saved", "terminated") == [

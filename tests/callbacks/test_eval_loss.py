@@ -1,9 +1,6 @@
 """Held-out loss by source and position, and the validation before a run's first step."""
 
 import json
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from lightning import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from tiny import make_data, make_module, make_stages, make_trainer
 from torch.utils.data import DataLoader
+from warm_python import python
 
 from callbacks import CheckpointRotation
 from callbacks.eval_loss import EvalLoss
@@ -261,15 +259,8 @@ def test_the_command_validate_leaves_the_figures_of_the_run_alone(sources, tmp_p
 def test_two_ranks_equal_one(sources, tmp_path):
     """The last batch of the second rank holds no target."""
     run(sources, tmp_path / "one", micro=64)
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("eval_ranks.py"), sources, tmp_path / "two"],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    script = Path(__file__).with_name("eval_ranks.py")
+    done = python(script, sources, tmp_path / "two", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = measured(tmp_path / "one"), measured(tmp_path / "two")
     for key in ("before", "after"):

@@ -1,14 +1,12 @@
 """All callbacks under tensor parallelism: what they count is counted once, and what they guard."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from everything_ranks import FAULTS, run
 from test_everything import rows
+from warm_python import python
 
 pytestmark = pytest.mark.slow
 
@@ -23,17 +21,7 @@ def folders(sources, tmp_path_factory):
         {"sources": str(sources), "folder": str(names[1]), "faults": []},
         {"sources": str(sources), "folder": str(names[2]), "faults": FAULTS},
     ]
-    tests = Path(__file__).parents[1]
-    path = [str(tests.parent), str(tests), str(tests / "data")]  # callbacks is not tests/callbacks
-    script = str(Path(__file__).with_name("everything_ranks.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, script, json.dumps(jobs)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = python(Path(__file__).with_name("everything_ranks.py"), json.dumps(jobs), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return names
 

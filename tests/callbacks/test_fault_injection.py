@@ -2,10 +2,7 @@
 
 import inspect
 import json
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from fault_parts import (
 from jsonargparse import ArgumentParser
 from lightning import Callback
 from tiny import make_module
+from warm_python import python
 
 from callbacks import Events
 from callbacks.parts.fault_kinds import KINDS
@@ -109,17 +107,6 @@ def test_nothing_is_left_behind_by_a_run_that_fails(tmp_path):
 # -- other processes -------------------------------------------------------------------------------
 
 
-def python(*words):
-    tests = Path(__file__).parents[1]
-    folders = [tests.parent, tests, tests / "data", tests / "callbacks"]
-    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-
-
 KILLED = """
 import sys
 from pathlib import Path
@@ -152,7 +139,8 @@ def test_a_killed_process_is_not_killed_again(sources, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_one_rank_of_two(sources, tmp_path, strategy):
-    done = python(Path(__file__).with_name("fault_ranks.py"), sources, tmp_path, strategy)
+    script = Path(__file__).with_name("fault_ranks.py")
+    done = python(script, sources, tmp_path, strategy, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     sharded = strategy == "fsdp2"

@@ -1,15 +1,13 @@
 """A run of other processes does not know whether there was a check; all of them hear of a fault."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from warm_python import python
 from warmup_parts import (
     TRIAL,
     assert_same,
@@ -26,16 +24,9 @@ from smol.runs import newest_checkpoint
 
 def launch(sources, folder, *jobs, devices=1, returncode=0):
     """Run jobs of the parts' script; returns what each process left of each, or its error."""
-    tests = Path(__file__).parents[1]
-    paths = [tests.parent, tests, tests / "data", os.environ.get("PYTHONPATH", "")]
-    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
     script = Path(__file__).with_name("warmup_parts.py")
-    done = subprocess.run(
-        [sys.executable, *(runner if devices > 1 else []), script, sources, folder,
-         json.dumps([job | {"devices": devices} for job in jobs])],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+    jobs = [job | {"devices": devices} for job in jobs]
+    done = python(script, sources, folder, json.dumps(jobs), ranks=devices)
     assert done.returncode == returncode, done.stderr[-3000:]
     return {job["folder"]: [read(folder, job, rank) for rank in range(devices)] for job in jobs}
 

@@ -1,14 +1,12 @@
 """Several processes equal one: rows, losses, gradients, and checkpoints across numbers of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from train_ranks import EVERYTHING, RUNS, run
+from warm_python import python
 
 from smol.checkpoints import SafeCheckpointIO
 
@@ -20,18 +18,8 @@ def launch(sources, *jobs, ranks=2):
     defaults = {"sources": sources, "steps": STEPS, "uneven": True}
     for job in jobs:
         job["folder"].mkdir(parents=True)
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), str(tests / "data"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = str(Path(__file__).with_name("train_ranks.py"))
     options = json.dumps([defaults | job for job in jobs], default=str)
-    done = subprocess.run(
-        [*command, f"--nproc-per-node={ranks}", script, options],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = python(Path(__file__).with_name("train_ranks.py"), options, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,14 +1,12 @@
 """What one rank meets, all ranks avoid."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from drills import STEP
+from warm_python import python
 
 # In the replica, shard or micro-batch of the second rank only.
 FAULTS = [
@@ -25,14 +23,7 @@ SKIPPED = [(8 * STEP, 9 * STEP), (11 * STEP, 19 * STEP), (30 * STEP, 31 * STEP)]
 def launch(sources, folder, **options):
     folder.mkdir()
     options |= {"sources": str(sources), "folder": str(folder)}
-    tests = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("guard_ranks.py")), json.dumps(options)],
-        env=os.environ | {"PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = python(Path(__file__).with_name("guard_ranks.py"), json.dumps(options), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 

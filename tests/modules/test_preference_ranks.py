@@ -1,8 +1,6 @@
 """Preference optimisation on two gloo ranks equals one process."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from preference_parts import (
     prepare_pairs,
     run,
 )
+from warm_python import python
 
 from smol.optim import WSD
 from smol.parallel.processes import leave_groups_at_exit
@@ -22,15 +21,7 @@ from smol.parallel.processes import leave_groups_at_exit
 
 def launch(folder: Path, strategy: str) -> list[list[dict]]:
     """Train on two gloo ranks; returns what each has recorded."""
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join(map(str, (tests, tests / "data", tests / "modules")))
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder), strategy],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = python(__file__, folder, strategy, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

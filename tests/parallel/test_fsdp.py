@@ -5,7 +5,6 @@ Run as a script under torchrun, this file trains; under pytest it launches itsel
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from warm_python import python
 
 from smol.checkpoints.io import SafeCheckpointIO
 from smol.model.config import DecoderConfig
@@ -179,14 +179,7 @@ def runs(tmp_path_factory):
     content = bytearray((folder / "damaged" / "optimizer.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "damaged" / "optimizer.safetensors").write_bytes(content)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    result = subprocess.run(
-        [*command, "--nproc-per-node=2", __file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    result = python(__file__, folder, ranks=2)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder, one, json.loads((folder / "results.json").read_text())
 

@@ -6,7 +6,6 @@ Run as a script under torchrun, this file trains; under pytest it launches itsel
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from lightning import Callback
 from safetensors.torch import load_file
 from tiny import make_data, make_module, make_trainer
+from warm_python import python
 
 from callbacks.checkpoint_rotation import CheckpointRotation
 from callbacks.events import Events
@@ -70,12 +70,7 @@ def two_processes(sources, folder):
 @pytest.fixture(scope="module")
 def trained(sources, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, __file__, str(sources), str(folder)],
-        capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
+    done = python(__file__, sources, folder, ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
