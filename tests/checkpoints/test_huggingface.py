@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from warm_python import python
 
 from smol.checkpoints.huggingface import (
     copy_tokenizer,
@@ -274,8 +274,7 @@ def test_mistakes_with_decoder_folders_are_one_line(tmp_path):
 
 
 def convert(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(CONVERT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return python(CONVERT, *arguments)
 
 
 def test_convert_there_and_back(tmp_path):

@@ -1,8 +1,6 @@
 """Lightning's own save and resume, through safe files."""
 
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from warm_python import python
 
 from smol.checkpoints.io import SafeCheckpointIO
 from smol.checkpoints.store import NonFiniteError
@@ -204,7 +203,7 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
         "SafeCheckpointIO().save_checkpoint({'global_step': 1}, sys.argv[1])"
     )
     folder = tmp_path / "step[1]"
-    done = subprocess.run([sys.executable, "-c", script, str(folder)])
+    done = python("-c", script, folder)
     assert done.returncode == 9
     assert len(list(tmp_path.iterdir())) == 1
     SafeCheckpointIO().save_checkpoint({"global_step": 1}, folder)

@@ -12,6 +12,7 @@ import pytest
 from chat_parts import SRC, folder, load_decoder_of  # noqa: F401 (a fixture)
 from hypothesis import given
 from hypothesis import strategies as st
+from warm_python import python
 
 from smol.data.chat import ChatTemplate, default_source
 from smol.data.tokenizer import load_tokenizer
@@ -197,8 +198,7 @@ def chat_main(arguments, monkeypatch, stdin: str = "") -> int:
 def test_one_shot_for_a_program(folder):
     flags = ["--prompt", "the cat", "--json", "--log_probs", "--max_new_tokens", 9]
     flags = [*flags, "--dtype", "float32", "--mode", "no_think"]
-    command = [sys.executable, SRC / "chat.py", folder, *flags]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    done = python(SRC / "chat.py", folder, *flags)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     tokenizer = load_tokenizer(folder)

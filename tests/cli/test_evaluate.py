@@ -3,13 +3,12 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny import WORDS, make_data, make_module, make_trainer
+from warm_python import python
 
 from callbacks import CheckpointRotation
 from smol.errors import UserError
@@ -222,8 +221,7 @@ def test_watching_goes_on_after_a_checkpoint_that_fails(runs, capsys, monkeypatc
 
 
 def test_as_a_script(runs):
-    line = [sys.executable, str(SCRIPT), "runs/short", "--tasks", "words.yaml", "--limit", "2"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=runs)
+    done = python(SCRIPT, "runs/short", "--tasks", "words.yaml", "--limit", "2", cwd=runs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| task")
 

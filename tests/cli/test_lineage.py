@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import make_config
+from warm_python import python
 
 from smol.cli import main
 from smol.runs import newest_checkpoint
@@ -150,15 +151,11 @@ def test_repeating_a_source_more_than_four_times_is_announced(home: Path) -> Non
 
 
 def test_a_run_is_exported_to_transformers_with_the_same_loss(home: Path) -> None:
-    import subprocess
-    import sys
-
     from transformers import AutoModelForCausalLM
 
     cli = main(["fit", "--config", "stage1.yaml"])
     convert = Path(__file__).parents[2] / "src" / "convert.py"
-    words = [sys.executable, str(convert), "export", "runs/stage1", "exported"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = python(convert, "export", "runs/stage1", "exported")
     assert done.returncode == 0, done.stderr
     batch = next(iter(cli.datamodule.val_dataloader()))
     row = batch.tokens[:1, : int((batch.documents[0] == batch.documents[0, 0]).sum())]

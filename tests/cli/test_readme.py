@@ -1,6 +1,5 @@
 """The commands of the README, word for word (of make's only the first), each made short."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_python import python
 
 from smol.paths import project_root
 
@@ -55,15 +55,7 @@ def run(line: str, home: Path) -> str:
         words += shlex.split("--callbacks.warmup_check.init_args '{steps: 2, fall: null}'")
     if "HUGGINGFACE_FOLDER" in words:
         words[words.index("HUGGINGFACE_FOLDER")] = str(tiny_huggingface_folder(home))
-    done = subprocess.run(
-        [sys.executable, *words[1:]],
-        cwd=home,
-        env=os.environ | {"SMOL_ROOT": str(home), "SMOL_TRACEBACK": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = python(*words[1:], cwd=home, SMOL_ROOT=str(home), SMOL_TRACEBACK="1")
     assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
     return done.stdout
 

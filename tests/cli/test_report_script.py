@@ -1,20 +1,12 @@
 """python src/report.py, as it is typed."""
 
-import subprocess
-import sys
+from warm_python import python
 
 from smol.paths import project_root
 
 
 def report(*words, root):
-    return subprocess.run(
-        [sys.executable, project_root() / "src/report.py", *words],
-        cwd=root,
-        env={"SMOL_ROOT": str(root), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return python(project_root() / "src/report.py", *words, cwd=root, SMOL_ROOT=str(root))
 
 
 def test_a_report_and_a_mistake(tmp_path):

@@ -3,8 +3,6 @@
 Started by test_engine.py with the file of the rendezvous and the rank.
 """
 
-import sys
-
 import torch
 import torch.distributed as dist
 from generation_parts import brute_force, make_decoder
@@ -19,9 +17,10 @@ PROMPTS = [[[5, 9, 2], [7], [3, 1, 4, 1, 5], [8, 8]], [[30, 20, 10, 40, 50, 2, 1
 LENGTHS = [4, 17]
 
 
-def main(rendezvous: str, rank: int) -> None:
+def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     sharded = make_decoder()
     shard_decoder(sharded, init_device_mesh("cpu", (2,)))
     sampling = Sampling(temperature=0, max_new_tokens=LENGTHS[rank])
@@ -33,5 +32,5 @@ def main(rendezvous: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main()
     leave_groups_at_exit()

@@ -1,8 +1,6 @@
 """Texts of the engine, against texts by brute force and the loss of training."""
 
 import importlib.util
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 from generation_parts import VOCAB, YARN, ByteTokenizer, brute_force, make_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warm_python import python
 
 from smol.errors import UserError
 from smol.generation import Generator, Sampling
@@ -240,16 +239,9 @@ def test_a_cache_is_no_longer_than_texts_may_be(decoder):
         assert length + 2 <= generator._cache.length <= 700
 
 
-def test_two_sharded_ranks_with_prompts_of_their_own(tmp_path):
-    script = Path(__file__).with_name("generation_ranks.py")
-    command = [sys.executable, str(script), str(tmp_path / "rendezvous")]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
+def test_two_sharded_ranks_with_prompts_of_their_own():
+    done = python(Path(__file__).with_name("generation_ranks.py"), ranks=2)
+    assert done.returncode == 0, done.stderr
 
 
 def test_mistakes_are_one_line(decoder):

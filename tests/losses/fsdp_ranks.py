@@ -3,8 +3,6 @@
 Started by test_cross_entropy.py with the file of the rendezvous and the rank.
 """
 
-import sys
-
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -95,14 +93,15 @@ def compare(rank: int, mesh, tied: bool) -> None:
     assert all(p.grad.dtype == torch.float32 for p in half.parameters())
 
 
-def main(rendezvous: str, rank: int) -> None:
+def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
     for tied in (True, False):
         compare(rank, mesh, tied)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main()
     leave_groups_at_exit()

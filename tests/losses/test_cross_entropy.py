@@ -1,7 +1,5 @@
 """The chunked linear cross-entropy against the formula written out, alone and on two ranks."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warm_python import python
 
 from smol.losses import linear_cross_entropy
 from smol.losses.cross_entropy import SMALLEST_CHUNK, TILE_ELEMENTS
@@ -182,13 +181,6 @@ def test_targets_outside_the_vocabulary_are_refused(stranger):
         linear_cross_entropy(hidden, weight, targets)
 
 
-def test_two_sharded_ranks_equal_one_process(tmp_path):
-    script = Path(__file__).with_name("fsdp_ranks.py")
-    command = [sys.executable, str(script), str(tmp_path / "rendezvous")]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
+def test_two_sharded_ranks_equal_one_process():
+    done = python(Path(__file__).with_name("fsdp_ranks.py"), ranks=2)
+    assert done.returncode == 0, done.stderr

@@ -1,28 +1,20 @@
 """A head dealt by rows to two processes gives the loss and the gradients of the whole head."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from vocab_ranks import BATCH, HIDDEN, TIME, differentiate, inputs
+from warm_python import python
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What both processes have computed."""
     folder = tmp_path_factory.mktemp("vocab")
-    script = str(Path(__file__).with_name("vocab_ranks.py"))
-    command = [sys.executable, script, str(folder / "rendezvous")]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder / f"{rank}.pt")], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-3000:]
+    done = python(Path(__file__).with_name("vocab_ranks.py"), folder, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,12 +1,11 @@
 """``src/merge.py`` as a user types it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from merge_inputs import write_models
+from warm_python import python
 
 SCRIPT = Path(__file__).parents[2] / "src" / "merge.py"
 LINEAR = """
@@ -35,19 +34,12 @@ def command(tmp_path, monkeypatch, capsys):
 
 def test_merge(tmp_path):
     """In a process of its own; a relative output lies under the project root."""
-    import os
-
     write_models(tmp_path)
     (tmp_path / "recipe.yaml").write_text(
         LINEAR + "parameters: {normalize: {filter: mpl, value: false}}\n"
     )
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "recipe.yaml", "merges/out", "--max_shard_size", "6KB"],
-        cwd=tmp_path,
-        env=os.environ | {"SMOL_ROOT": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    words = ("recipe.yaml", "merges/out", "--max_shard_size", "6KB")
+    result = python(SCRIPT, *words, cwd=tmp_path, SMOL_ROOT=str(tmp_path))
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines == [

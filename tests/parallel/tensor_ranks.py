@@ -123,9 +123,10 @@ def drop(decoder, rank):
         return dropped[0], str(error)
 
 
-def main(rendezvous, rank, size, output):
+def main(folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
     names = ("data_parallel", "tensor_parallel")
     mesh, seen = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=names), {}
 
@@ -142,9 +143,9 @@ def main(rendezvous, rank, size, output):
         seen[name] = results(decoder)
     if size == 2:
         seen["dropout"] = drop(dealt(dropout=0.5), rank)
-    torch.save(seen, output)
+    torch.save(seen, f"{folder}/{rank}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1])
     leave_groups_at_exit()

@@ -1,7 +1,5 @@
 """Decoders dealt to tensor-parallel ranks against one process."""
 
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from tensor_ranks import (
     results,
     weights,
 )
+from warm_python import python
 
 from smol.errors import UserError
 from smol.model import DecoderConfig
@@ -36,17 +35,8 @@ def launch(tmp_path_factory):
         if size in made:
             return made[size]
         folder = tmp_path_factory.mktemp("ranks")
-        command = [sys.executable, str(Path(__file__).with_name("tensor_ranks.py"))]
-        processes = [
-            subprocess.Popen(
-                [*command, str(folder / "met"), str(rank), str(size), str(folder / f"{rank}.pt")],
-                stderr=subprocess.PIPE,
-            )
-            for rank in range(size)
-        ]
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors.decode()[-3000:]
+        done = python(Path(__file__).with_name("tensor_ranks.py"), folder, ranks=size)
+        assert done.returncode == 0, done.stderr[-3000:]
         made[size] = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
         return made[size]
 
