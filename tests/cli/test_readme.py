@@ -49,6 +49,8 @@ def run(line: str, home: Path) -> str:
         for stage, steps in {"stage2": "3", "stage3": "4"}.items():  # each after the one before
             if f"configs/{stage}.yaml" in words:
                 words += ["--trainer.max_steps", steps]
+    if "configs/preference.yaml" in words:  # of all pairs beforehand, it would take a minute
+        words += ["--model.reference", "live"]
     if words[1] == "src/evaluate.py":
         words += ["--limit", "1"]
     if "configs/callbacks/production.yaml" in words:

@@ -17,7 +17,7 @@ import pytest
 from launch_parts import ROOT, assert_equal, events, faults, final_weights, run, write_config
 
 SCRIPT = ROOT / "launch/slurm.sbatch"
-STEPS = 400
+STEPS = 120
 COMMANDS = {
     "srun": """
 while [[ $1 == --* ]]; do shift; done
