@@ -14,7 +14,18 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_parts import ROOT, assert_equal, events, faults, final_weights, run, write_config
+from launch_parts import (
+    RANKS,
+    ROOT,
+    assert_equal,
+    events,
+    faults,
+    final_weights,
+    fit,
+    run,
+    write_config,
+)
+from warm_python import python
 
 SCRIPT = ROOT / "launch/slurm.sbatch"
 STEPS = 120
@@ -123,9 +134,8 @@ def test_a_job_that_loses_a_rank_and_meets_its_time_limit_goes_on_as_if_it_had_n
     flags = ("--trainer.strategy", "ddp", "--callbacks.checkpoint.every", "40")
     flags += ("--data.num_workers", "1")
     config = write_config(tmp_path, "whole", sources, STEPS)
-    status, _, err = end(cluster.start(config, *flags))
-    assert status == 0, err[-3000:]
-    assert cluster.noted("scontrol") == []
+    done = python(*fit(config, *RANKS, *flags), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
 
     config = write_config(tmp_path, "job", sources, STEPS)
     kill = {"kind": "kill", "step": 45, "rank": 1}
@@ -148,6 +158,7 @@ def test_a_job_that_loses_a_rank_and_meets_its_time_limit_goes_on_as_if_it_had_n
     assert events(folder, "start") == [("start", 0), ("start", 40), ("start", stopped)]
     assert_equal(final_weights(folder), final_weights(tmp_path / "runs/whole"))
     assert not list(folder.glob(".shared-*"))
+    assert len(cluster.noted("scontrol")) == 1, "a job that ended is not queued again"
 
 
 def test_a_mistake_is_told_before_any_node_is_asked(cluster, sources, tmp_path):

@@ -12,6 +12,7 @@ from launch_parts import (
     run,
     write_config,
 )
+from warm_python import python
 
 STEPS = 24
 ALONE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -26,7 +27,7 @@ def torchrun(*words, restarts=100, **environment):
 def whole(sources, tmp_path_factory):
     """The weights that two processes end with when nothing happens to them."""
     folder = tmp_path_factory.mktemp("whole")
-    done = torchrun(*fit(write_config(folder, "whole", sources, STEPS), *RANKS), restarts=0)
+    done = python(*fit(write_config(folder, "whole", sources, STEPS), *RANKS), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return final_weights(folder / "runs/whole")
 
