@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -108,6 +109,8 @@ def test_parameters_keep_their_names():
 def test_blocks_can_be_compiled(kind):
     expected, theirs, _, _ = step(build("none"))
     decoder = build(kind)
+    torch._dynamo.reset()
+    counters.clear()
     for layer in decoder.model.layers:
         layer.compile()
     loss = decoder(
@@ -116,6 +119,9 @@ def test_blocks_can_be_compiled(kind):
         head=lambda hidden, weight: linear_cross_entropy(hidden, weight, TOKENS)[0].sum(),
     )
     loss.backward()
+    # A break in what is checkpointed would leave the whole block to the interpreter.
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=0)
     for name, parameter in decoder.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name], rtol=1e-3, atol=1e-4, msg=name)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from smol.errors import UserError
-from smol.model import Decoder, DecoderConfig
+from smol.model import Decoder, DecoderConfig, attention
 from smol.model.attention import (
     BACKENDS,
     RowAttention,
@@ -151,6 +152,35 @@ def test_varlen_offsets():
     offsets = cumulative_lengths([3, 1, 4], torch.device("cpu"))
     assert offsets.tolist() == [0, 3, 4, 8]
     assert offsets.dtype == torch.int32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_varlen_is_part_of_one_graph(monkeypatch, kind):
+    """Only traced: its kernel needs a GPU."""
+    monkeypatch.setattr(attention, "_require_cuda", lambda *_: None)
+    config = DecoderConfig(61, 64, 3, 4, 2, 96)
+    decoder = Decoder(config, attention="varlen", activation_checkpointing=kind).bfloat16()
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+
+    def trace(graph, _):
+        graphs.append(str(graph.code) + "".join(str(part.code) for part in graph.children()))
+        (results,) = next(node for node in graph.graph.nodes if node.op == "output").args
+        return lambda *inputs: tuple(
+            next(x for x in inputs if x.shape[-1:] == (64,) and x.ndim == 3) for _ in results
+        )
+
+    for layer in decoder.model.layers:
+        layer.compile(backend=trace)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        documents = (torch.rand(2, 128, generator=generator) < 0.08).cumsum(1)
+        decoder(torch.zeros_like(documents), documents=documents)
+    assert len(graphs) == 2  # for the first longest document, then for any
+    assert all("_varlen_attn" in graph for graph in graphs)
+    assert not counters["graph_break"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here these backends can run")

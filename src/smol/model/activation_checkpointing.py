@@ -27,6 +27,7 @@ _DEAR = frozenset(
         "aten::addmm",
         "aten::bmm",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "smol::attend_documents",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",

@@ -5,8 +5,9 @@ layer calls. All of them take queries ``(batch, time, heads, head_dim)`` and key
 ``(batch, time, kv_heads, head_dim)`` and return ``(batch, time, heads, head_dim)``; tokens of
 different rows or different documents never meet.
 
-Where the lengths of documents vary, the call is hidden from ``torch.compile``: the compiler would
-otherwise specialise on lengths and compile again for every batch.
+To ``torch.compile``, ``varlen`` is one operator whatever the lengths of the documents, and so is
+``sdpa`` on a processor. The others are hidden from it where lengths vary: it would specialise on
+them, and compile again for every batch.
 """
 
 import importlib.util
@@ -103,12 +104,16 @@ class SplitAttention:
     """
 
     def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
+        self.lengths, self.counts = lengths, torch.tensor(lengths)
+        torch._dynamo.maybe_mark_dynamic(self.counts, 0)
 
-    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu":
-            return attend_documents(q, k, v, self.lengths)
+            return attend_documents(q, k, v, self.counts)
+        return self._one_by_one(q, k, v)
+
+    @torch.compiler.disable
+    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         gqa = q.shape[2] != k.shape[2]
         pieces = zip(
             *(x.flatten(0, 1).transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)),
@@ -218,12 +223,12 @@ class VarlenAttention:
         from torch.nn.attention.varlen import varlen_attn
 
         self.offsets, self.longest, self.varlen_attn = offsets, longest, varlen_attn
+        torch._dynamo.maybe_mark_dynamic(offsets, 0)
         known = inspect.signature(varlen_attn).parameters
         # Causality was a flag before it became a window without a right side.
         self.options = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
         self.native_gqa = "enable_gqa" in known
 
-    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.dtype not in (torch.bfloat16, torch.float16):
             raise UserError(
