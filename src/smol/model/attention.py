@@ -104,19 +104,19 @@ class SplitAttention:
     """
 
     def __init__(self, lengths: list[int]) -> None:
-        self.lengths, self.counts = lengths, torch.tensor(lengths)
-        torch._dynamo.maybe_mark_dynamic(self.counts, 0)
+        self.lengths = torch.tensor(lengths, device="cpu")  # where it is read
+        torch._dynamo.maybe_mark_dynamic(self.lengths, 0)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu":
-            return attend_documents(q, k, v, self.counts)
+            return attend_documents(q, k, v, self.lengths)
         return self._one_by_one(q, k, v)
 
     @torch.compiler.disable
     def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        gqa = q.shape[2] != k.shape[2]
+        gqa, lengths = q.shape[2] != k.shape[2], self.lengths.tolist()
         pieces = zip(
-            *(x.flatten(0, 1).transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)),
+            *(x.flatten(0, 1).transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)),
             strict=True,
         )
         out = [

@@ -39,16 +39,13 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
 
 @torch.library.custom_op("smol::attend_documents", mutates_args=(), device_types="cpu")
 def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention, and of each query the logarithm of its normalizer, piece after piece."""
+    """The attention, and the logarithm of each query's normalizer, ``(batch, time, heads)``."""
     out, normalizers = _results(q)
-    pieces, start = zip(*(_pieces(x, lengths) for x in (q, k, v, out)), strict=True), 0
-    for query, key, value, result in pieces:
+    for query, key, value, result, kept in _pieces(lengths, q, k, v, out, normalizers):
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
         mixed, normalizer = _forward(*heads_first, is_causal=True)
         result.copy_(mixed.transpose(1, 2))
-        end = start + normalizer.numel()
-        normalizers[start:end].view(normalizer.shape).copy_(normalizer)
-        start = end
+        kept.copy_(normalizer.transpose(1, 2))
     return out, normalizers
 
 
@@ -57,17 +54,13 @@ def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, normalizers: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    pieces = zip(*(_pieces(x, lengths) for x in (grad, q, k, v, out, *grads)), strict=True)
-    start = 0
-    for *tensors, grad_q, grad_k, grad_v in pieces:
-        documents, length, heads, _ = grad_q.shape
-        end = start + documents * length * heads
-        normalizer = normalizers[start:end].view(documents, heads, length)
-        start = end
-        dtype = torch.promote_types(q.dtype, torch.float32) if length < SHORT_DOCUMENT else q.dtype
+    grads = _gradients(q, k, v)
+    pieces = _pieces(lengths, grad, q, k, v, out, normalizers, *grads)
+    for *tensors, normalizer, grad_q, grad_k, grad_v in pieces:
+        short = grad_q.shape[1] < SHORT_DOCUMENT
+        dtype = torch.promote_types(q.dtype, torch.float32) if short else q.dtype
         heads_first = (x.to(dtype).transpose(1, 2) for x in tensors)
-        results = _backward(*heads_first, normalizer, dropout_p=0.0, is_causal=True)
+        results = _backward(*heads_first, normalizer.transpose(1, 2), dropout_p=0.0, is_causal=True)
         for piece, result in zip((grad_q, grad_k, grad_v), results, strict=True):
             piece.copy_(result.transpose(1, 2))
     return grads
@@ -80,12 +73,16 @@ def _(q, k, v, lengths):
 
 @_attend_backward.register_fake
 def _(grad, q, k, v, out, normalizers, lengths):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return _gradients(q, k, v)
 
 
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q[..., 0].numel(), dtype=dtype)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def _gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in tensors)
 
 
 def _keep(ctx, inputs, output):
@@ -100,10 +97,10 @@ def _differentiate(ctx, grad, _):
 _attend.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _pieces(x: Tensor, lengths: Tensor) -> Iterator[Tensor]:
-    """Views ``(documents, length, heads, head_dim)``, neighbours of equal length as one."""
-    flat, start = x.reshape(-1, *x.shape[2:]), 0
+def _pieces(lengths: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Views ``(documents, length, heads, ...)`` of all, neighbours of equal length as one."""
+    flat, start = [x.flatten(0, 1) for x in tensors], 0
     for length, equals in groupby(lengths.tolist()):
         end = start + length * len(list(equals))
-        yield flat[start:end].unflatten(0, (-1, length))
+        yield [x[start:end].unflatten(0, (-1, length)) for x in flat]
         start = end
