@@ -9,6 +9,8 @@ from torch import nn
 from smol.optim import OptimizerConfig, build_optimizer
 from smol.optim.muon import newton_schulz
 
+FASTEST = "smol.optim.muon.multiplies_bfloat16"
+
 
 class Tiny(nn.Module):
     def __init__(self):
@@ -28,19 +30,24 @@ def loss(model, seed):
     return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1).flatten())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])
-def test_newton_schulz_against_the_decomposition(shape):
+def test_newton_schulz_against_the_decomposition(monkeypatch, shape, dtype):
+    monkeypatch.setattr(FASTEST, lambda device: dtype == torch.bfloat16)
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    found = newton_schulz(matrix).float()
+    found = newton_schulz(matrix)
+    assert found.dtype == dtype
+    found = found.float()
     assert nn.functional.cosine_similarity(found.flatten(), (u @ vh).flatten(), dim=0) > 0.97
     values = torch.linalg.svdvals(found)
     assert values.max() < 1.3
     assert values.median() > 0.6
 
 
-def test_equals_torch_muon_and_adamw_side_by_side():
+def test_equals_torch_muon_and_adamw_side_by_side(monkeypatch):
+    monkeypatch.setattr(FASTEST, lambda device: True)  # torch's has no other dtype
     torch.manual_seed(0)
     ours, theirs = Tiny(), Tiny()
     theirs.load_state_dict(ours.state_dict())

@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
+from smol.precision import multiplies_bfloat16
+
 # The quintic's coefficients, chosen for a steep slope at zero: Keller Jordan et al., "Muon: An
 # optimizer for hidden layers in neural networks", https://kellerjordan.github.io/posts/muon/
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Orthogonalise a matrix approximately, in bfloat16.
+    """Orthogonalise a matrix approximately, in the device's fastest dtype.
 
     With the singular value decomposition U S V^T, the result is about U V^T: the singular values
     that are not tiny end up between roughly 0.7 and 1.2, which trains as well as exact ones.
@@ -25,11 +27,11 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
         steps: Iterations.
 
     Returns:
-        ``(rows, columns)`` in bfloat16.
+        ``(rows, columns)`` in bfloat16, or in float32 where that multiplies faster.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = matrix.size(0) > matrix.size(1)
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if multiplies_bfloat16(matrix.device.type) else matrix.float()
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
