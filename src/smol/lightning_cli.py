@@ -31,6 +31,7 @@ from smol.interpolation import interpolate
 from smol.model.io import with_trained_context
 from smol.parallel.processes import leave_groups_at_exit
 from smol.paths import is_url, resolve
+from smol.precision import choose_precision
 from smol.restarts import TERMINATED, refuse_crash_loop
 from smol.runs import CHECKPOINTS, find_start
 
@@ -146,6 +147,7 @@ class SmolCLI(LightningCLI):
         for line in unused(self.source):
             rank_zero_warn(line)
         values = interpolate(self.source)
+        choose_precision(values.get("trainer"))
         if not values.get("model"):
             raise UserError("no model is set; type --config FILE, as --config configs/stage1.yaml")
         known = self._subcommand_parsers[command]
