@@ -15,7 +15,9 @@ from typing import Any
 
 from smol.data.corpora.chat_tasks import KINDS, SPLITS, UNSEEN, Task, contaminated, tasks
 
-CONVERSATIONS = {"think": 6000, "no_think": 6000, "switch": 3000}
+CONVERSATIONS = {"think": 4000, "no_think": 4000, "switch": 2500}
+TURNS = {"think": (1, 6), "no_think": (1, 6), "switch": (3, 5), "reasoning": (1, 1)}
+"""At least and at most. Metadata is as long as two turns: in more of them more is trained on."""
 REASONING = 15_000  # conversations of mid-training
 EVALUATED = 40  # held-out tasks of each kind and split
 SYSTEM = ("You are a careful teacher.", "You answer in as few words as you can.", "You are Smol.")
@@ -46,9 +48,8 @@ def records(name: str, count: int, seed: int = 0, split: str = "train") -> Itera
     """Yield conversations with the tasks they are made of.
 
     Args:
-        name: ``think``, ``no_think`` (the same tasks answered either way, one to three in a
-            conversation), ``switch`` (three, the mode changing on request) or ``reasoning`` (one
-            with reasoning).
+        name: ``think``, ``no_think`` (the same tasks answered either way), ``switch`` (the mode
+            changing on request) or ``reasoning`` (a task with reasoning); see ``TURNS``.
         count: How many.
         seed: Of tasks and conversations.
         split: As for :func:`tasks`.
@@ -56,9 +57,8 @@ def records(name: str, count: int, seed: int = 0, split: str = "train") -> Itera
     source = tasks(split, seed + {"switch": 1, "reasoning": 2}.get(name, 0))
     for number in range(count):
         rng = random.Random(f"{seed}/{split}/{number}")
-        turns = {"switch": 3, "reasoning": 1}.get(name) or rng.randint(1, 3)
-        chosen = list(itertools.islice(source, turns))
-        modes = [name] * turns
+        chosen = list(itertools.islice(source, rng.randint(*TURNS[name])))
+        modes = [name] * len(chosen)
         if name == "switch":
             modes = [rng.choice(("think", "no_think")) for _ in chosen]
         elif name == "reasoning":
