@@ -173,7 +173,7 @@ class NaNRollback(Callback):
         position = self.points.restore(trainer, pl_module, self._point)
         if hasattr(data, "skip"):
             data.skip(position, data.loader.position)
-        pl_module.lineage = (getattr(pl_module, "lineage", None) or 0) + 1  # newer than before
+        pl_module.lineage = (getattr(pl_module, "lineage", None) or 0) + 1  # new saves are newer
         pl_module.learning_rate_scale = self.learning_rate_scale
         rewind_loggers(trainer)
         self.rollbacks.append(self.attempts)

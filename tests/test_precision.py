@@ -34,6 +34,7 @@ def test_processors(monkeypatch, tmp_path: Path, amx, avx512, vendor, expected) 
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {vendor}\n")
     assert precision.fastest_precision("cpu") == precision.fastest_precision("auto") == expected
     assert precision.fastest_precision("mps") == "32-true"
+    assert precision.fastest_precision({"class_path": "An.Accelerator"}) == "32-true"
 
 
 @pytest.mark.parametrize("supported", [True, False])

@@ -20,15 +20,14 @@ def choose_precision(trainer: Any) -> None:
         trainer["precision"] = fastest_precision(trainer.get("accelerator", "auto"))
 
 
-def fastest_precision(accelerator: str) -> str:
+def fastest_precision(accelerator: Any) -> str:
     """The Trainer's ``precision`` for float32 weights: bfloat16 products where they are faster.
 
     Args:
-        accelerator: The Trainer's: ``cpu``, ``gpu``, ``auto``, …
+        accelerator: The Trainer's: ``cpu``, ``gpu``, ``auto``, or anything else.
     """
-    if accelerator == "auto":
-        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    device = {"gpu": "cuda"}.get(accelerator, accelerator)
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    device = "cuda" if on_gpu else "cpu" if accelerator in ("cpu", "auto") else "another"
     return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
 
 

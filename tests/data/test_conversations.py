@@ -16,10 +16,7 @@ from conversation_parts import (
     write,
 )
 
-from smol.data.conversation_tokens import (
-    SubsetConfig,
-    read_conversations,
-)
+from smol.data.conversation_tokens import SubsetConfig, read_conversations
 from smol.data.conversations import Conversations, show_document
 from smol.errors import UserError
 

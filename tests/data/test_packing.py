@@ -12,10 +12,10 @@ SETS = st.integers(1, 60).flatmap(
 )
 
 
-def best_fit(lengths, capacity, order):
+def best_fit_decreasing(lengths, capacity):
     """The rule as a textbook writes it, with a scan over all rows."""
     rows = []
-    for item in order:
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         left = [capacity - sum(lengths[i] for i in row) for row in rows]
         fitting = [(room, row) for row, room in enumerate(left) if room >= lengths[item]]
         if fitting:
@@ -35,12 +35,10 @@ def test_every_item_is_in_one_row_and_no_row_overflows(case):
 
 
 @given(SETS)
-def test_long_items_by_best_fit_decreasing(case):
-    """Those of up to an eighth are left out: they are no longer than what the others leave."""
+def test_long_items_fill_rows_as_best_fit_decreasing_does(case):
     lengths, capacity = case
     lengths = [length for length in lengths if 8 * length > capacity]
-    packing = pack(lengths, capacity)
-    expected = best_fit(lengths, capacity, sorted(range(len(lengths)), key=lambda i: -lengths[i]))
+    packing, expected = pack(lengths, capacity), best_fit_decreasing(lengths, capacity)
     room = [capacity - sum(lengths[i] for i in packing[row]) for row in range(len(packing))]
     assert sorted(room) == sorted(capacity - sum(lengths[i] for i in row) for row in expected)
 
